@@ -1,0 +1,105 @@
+"""What the model families share, and what the rest of the project asks of a model."""
+
+from collections.abc import Callable, Iterable
+from difflib import SequenceMatcher
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ModelError(ValueError):
+    """A request about models that the user can correct; the message is one sentence."""
+
+
+def known_first(name: str, names: Iterable[str]) -> list[str]:
+    """All known names, the closest to `name` first."""
+    return sorted(names, key=lambda known: -SequenceMatcher(None, name.lower(), known.lower()).ratio())
+
+
+def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """Convolution without bias that keeps the size at stride 1."""
+    return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+
+
+def conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """The same convolution, with its batch norm."""
+    return nn.Sequential(conv(c_in, c_out, kernel, stride, groups), nn.BatchNorm2d(c_out))
+
+
+def run_stage(
+    blocks: Iterable[nn.Module], x: Tensor, activate: Callable[..., Tensor] = F.relu
+) -> tuple[Tensor, Tensor]:
+    """Run blocks that stop before their last ReLU; returns the stage's activated output and its pre-activation."""
+    *inner, last = blocks
+    for block in inner:
+        x = activate(block(x), inplace=True)  # between blocks nobody else reads the sum
+    pre = last(x)
+    return activate(pre), pre
+
+
+def global_pool(x: Tensor) -> Tensor:
+    """Average over all positions, whatever their number."""
+    return x.mean((2, 3))  # (B, C, H, W) -> (B, C)
+
+
+def channel_shuffle(x: Tensor, groups: int) -> Tensor:
+    """Deal the channels of the groups out in turn: a1 a2 .. b1 b2 .. becomes a1 b1 a2 b2 .. ."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        # (B, H, W, C): regrouping the NCHW view would end in NCHW, and every convolution after it convert back
+        grouped = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))
+        return grouped.transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
+def init_convs(model: nn.Module) -> None:
+    """Normal convolution weights of variance 2 / (k * k * c_out), zero biases."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def init_linear(layer: nn.Linear) -> None:
+    """Small normal weights, zero bias."""
+    nn.init.normal_(layer.weight, 0, 0.01)
+    nn.init.zeros_(layer.bias)
+
+
+def head(model: nn.Module) -> nn.Linear:
+    """The linear classifier of a model, under whatever name its checkpoints store it."""
+    return model.get_submodule(_head_name(model))
+
+
+def replace_head(model: nn.Module, n_cls: int) -> nn.Linear:
+    """Put a fresh linear classifier for n_cls classes in the old one's place, and return it."""
+    name = _head_name(model)
+    old = model.get_submodule(name)
+    new = nn.Linear(old.in_features, n_cls, device=old.weight.device, dtype=old.weight.dtype)
+    init_linear(new)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+    return new
+
+
+def _head_name(model: nn.Module) -> str:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise ModelError(f"{type(model).__name__} has no linear layer that could be its classifier")
+    return names[-1]
+
+
+@torch.no_grad()
+def feature_shapes(model: nn.Module, image_size: int = 32) -> list[tuple[int, ...]]:
+    """Shapes of the feature list for a batch of two square images, batch dimension included."""
+    weight = next(model.parameters())
+    x = torch.zeros(2, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
+    modes = [(module, module.training) for module in model.modules()]  # a frozen part may differ from the rest
+    model.eval()
+    try:
+        feats, _ = model(x, is_feat=True)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return [tuple(f.shape) for f in feats]
