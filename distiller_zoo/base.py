@@ -1,0 +1,74 @@
+"""What a distillation method is: one subclass of Distiller in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Shapes = Sequence[Sequence[int]]  # of a feature list, batch dimension included
+
+
+class DistillError(ValueError):
+    """A method cannot be used as asked; the message is one sentence for the user."""
+
+
+class Distiller(nn.Module):
+    """A method: its own loss term and the modules that it trains.
+
+    The loop minimises gamma * cross-entropy + alpha * KL(T) + beta * forward(f_s, f_t).
+    A constructor takes data by name (`s_shapes t_shapes s_dim t_dim labels n_data n_cls`) and
+    the method's options, which have defaults: each becomes a flag of the command line.
+    """
+
+    feats: int | slice = slice(1, -1)  # entries of the feature list that forward() and init_loss() are given
+    preact = False  # whether these are taken before the last ReLU of a stage
+    needs: tuple[str, ...] = ()  # what else forward() takes, by name: index, target, logit_s, logit_t
+    weights = {"gamma": 1.0, "alpha": 0.0, "beta": 1.0}  # published; those named here can be set by -r -a -b
+    has_teacher = True
+
+    def forward(self, f_s, f_t, **needs: Tensor) -> Tensor | float:
+        """The method's own term; 0 for methods that live in the first stage or in the KL term."""
+        return 0.0
+
+    def after_step(self) -> None:
+        """Update memories and queues, after backward and the optimizer's step."""
+
+    def init_modules(self, model_s: nn.Module) -> list[nn.Module] | None:
+        """Modules that a first stage trains; None if the method has no first stage."""
+        return None
+
+    def init_loss(self, f_s, f_t) -> Tensor:
+        """Loss of the first stage."""
+        raise NotImplementedError(f"{type(self).__name__} has no first stage")
+
+    def freeze(self, modules: Sequence[nn.Module]) -> None:
+        """End of the first stage: those of `modules` that are the method's own are trained no more."""
+        own = set(self.modules())
+        for module in modules:
+            if module in own:
+                module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Distiller:
+        """Training mode for the parts that train; frozen ones keep their batch statistics."""
+        super().train(mode)
+        for part in self.children():
+            params = list(part.parameters())
+            if params and not any(p.requires_grad for p in params):
+                part.eval()
+        return self
+
+
+class Alone(Distiller):
+    """No distillation: the student learns from the labels alone."""
+
+    feats = slice(0)
+    weights = {"gamma": 1.0}
+    has_teacher = False
+
+
+def pool_to_smaller(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Average-pool the larger of two maps to the height and width of the smaller."""
+    size = [min(a, b) for a, b in zip(f_s.shape[2:], f_t.shape[2:], strict=True)]
+    return tuple(f if list(f.shape[2:]) == size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t))
