@@ -1,0 +1,105 @@
+"""Checkpoints: plain dicts of tensors and plain types, written atomically, read without running code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from helper.util import RunError
+from models import create_model, model_dict
+from models.util import known_first
+
+# What the published files hold beside tensors: their options, and learning rates and accuracies as numpy scalars.
+FOREIGN = [
+    argparse.Namespace,
+    np.dtype,
+    np.dtypes.Float64DType,
+    np.dtypes.Float32DType,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+]
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a checkpoint so that `path` holds the old file or the whole new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load(path: str | Path) -> dict:
+    """Read a checkpoint; only tensors and plain types (and FOREIGN) are accepted."""
+    path = Path(path)
+    if not path.is_file():
+        raise RunError(f"{path}: no such checkpoint file")
+    if path.stat().st_size == 0:
+        raise RunError(f"{path}: the checkpoint is empty")
+    try:
+        with torch.serialization.safe_globals(FOREIGN):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RunError(f"{path}: refused, not a plain checkpoint of tensors: {_reason(error)}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise RunError(f"{path}: damaged or not a checkpoint ({_reason(error)})") from error
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: not a checkpoint but a {type(content).__name__}")
+    return content
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+
+
+def arch_of(path: Path, content: dict, arch: str | None) -> str:
+    """The network of a checkpoint: as asked, as written in it, or after its folder (`wrn_40_2_vanilla`)."""
+    if arch:
+        return arch
+    if isinstance(content.get("arch"), str):
+        return content["arch"]
+    folder = path.resolve().parent.name
+    fits = [name for name in model_dict if folder == name or folder.startswith(f"{name}_")]
+    if not fits:
+        raise RunError(f"{path}: no network is named in it nor by its folder '{folder}'; pass --model_t")
+    return max(fits, key=len)
+
+
+def load_teacher(
+    path: str | Path, arch: str | None, n_cls: int, device: torch.device | str = "cpu"
+) -> tuple[str, nn.Module]:
+    """-> (architecture, frozen network in eval mode) of a checkpoint of ours or of a published one."""
+    path = Path(path)
+    content = load(path)
+    arch = arch_of(path, content, arch)
+    state = content.get("model", content)
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise RunError(f"{path}: holds no network weights")
+    if content.get("n_cls", n_cls) != n_cls:
+        raise RunError(f"{path}: was trained for {content['n_cls']} classes, the data set has {n_cls}")
+    state = {key.removeprefix("module."): value for key, value in state.items()}  # of DataParallel
+    if arch not in model_dict:
+        raise RunError(f"{path}: its network '{arch}' is unknown; known: {', '.join(known_first(arch, model_dict))}")
+    model = create_model(arch, n_cls)
+    _check_state(path, arch, model.state_dict(), state)
+    model.load_state_dict(state)
+    return arch, model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def _check_state(path: Path, arch: str, own: dict, state: dict) -> None:
+    absent, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if absent or foreign:
+        what = f"lacks {absent[0]}" if absent else f"has {foreign[0]} besides"
+        raise RunError(f"{path}: not a {arch}: {what} ({len(absent)} tensors missing, {len(foreign)} unknown)")
+    for key, value in state.items():
+        if value.shape != own[key].shape:
+            raise RunError(
+                f"{path}: {key} is {list(value.shape)}, a {arch} for this data set has {list(own[key].shape)}"
+            )

@@ -1,0 +1,135 @@
+"""Training and validation, the same for teachers, students alone and distilled students."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from helper.step import Track, TrainStep, correct
+
+
+def learning_rate(opt, epoch: int) -> float:
+    """Step schedule: times lr_decay_rate after each of lr_decay_epochs; epochs count from 1."""
+    return opt.learning_rate * opt.lr_decay_rate ** sum(epoch > e for e in opt.lr_decay_epochs)
+
+
+def train(epoch: int, loader: Iterable, step: TrainStep, opt, stage: str = "") -> None:
+    """One epoch. Meters are read, and so the device waited for, every print_freq and tb_freq steps."""
+    name = f"{stage}epoch {epoch}"
+    for track in step.live:
+        track.train()
+        track.meters.reset()
+    loader.set_epoch(epoch)
+    for i, batch in enumerate(progress(loader, name), 1):
+        step(*batch)
+        if i % opt.tb_freq == 0:
+            for track in step.live:
+                track.run.scalars(
+                    {f"{stage}step_train_loss": track.meters.read()["loss"]}, (epoch - 1) * len(loader) + i
+                )
+        if i % opt.print_freq == 0:
+            close_failed(step, epoch)
+            if not step.live:
+                return
+            say_step(f"{name} step {i}/{len(loader)}", step.live)
+    close_failed(step, epoch)
+
+
+def close_failed(step: TrainStep, epoch: int) -> None:
+    """A track whose loss was not finite ends here."""
+    for track in step.live:
+        if trouble := track.meters.trouble():
+            track.fail(f"epoch {epoch}, {trouble}")
+            print(f"{track.name}: stopped, {track.failed}", file=sys.stderr)
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, loader: Iterable) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent and mean cross-entropy over every image of a loader, each once."""
+    model.eval()
+    sums, count = 0.0, 0
+    for images, target, _ in loader:
+        logit = model(images)
+        loss = F.cross_entropy(logit, target, reduction="sum").double()
+        sums = sums + torch.cat([correct(logit, target), loss[None]])
+        count += len(target)
+    top1, top5, loss = (sums / count).tolist()
+    return {"acc": 100 * top1, "acc_top5": 100 * top5, "loss": loss}
+
+
+def fit(step: TrainStep, train_loader: Iterable, test_loader: Iterable, opt) -> None:
+    """All epochs: train, validate, record, save."""
+    for track in step.live:
+        track.start(opt)
+    start = time.perf_counter()
+    for epoch in range(1, opt.epochs + 1):
+        lr = learning_rate(opt, epoch)
+        for track in step.live:
+            track.set_lr(lr)
+        train(epoch, train_loader, step, opt)
+        for track in step.live:
+            test = validate(track.model, test_loader)
+            record(track, epoch, opt, lr, test, time.perf_counter() - start)
+        if not step.live:
+            break
+    for track in step.live:
+        track.run.save(f"{track.run.arch}_last", track.model, opt.epochs, track.last)
+        track.run.close()
+
+
+def record(track: Track, epoch: int, opt, lr: float, test: dict[str, float], seconds: float) -> None:
+    """An epoch's line, curves and checkpoints."""
+    means = track.meters.read()
+    track.last = test["acc"]
+    better = test["acc"] > track.best or epoch == 1
+    if better:
+        track.best, track.best_epoch = test["acc"], epoch
+    line = {
+        "epoch": epoch,
+        "lr": lr,
+        "train_acc": means["acc"],
+        "train_acc_top5": means["acc_top5"],
+        **{f"train_{name}": means[name] for name in ("loss", "cls", "div", "kd")},
+        **{f"test_{name}": value for name, value in test.items()},
+        "best_acc": track.best,
+        "seconds": seconds,
+    }
+    track.run.epoch({key: round(value, 6) for key, value in line.items()})
+    if better:
+        track.run.save(f"{track.run.arch}_best", track.model, epoch, test["acc"])
+    if epoch % opt.save_freq == 0:
+        track.run.save(f"ckpt_epoch_{epoch}", track.model, epoch, test["acc"])
+    print(
+        f"epoch {epoch}/{opt.epochs}  {track.name:<12} loss {means['loss']:8.4f}  train {means['acc']:6.2f}  "
+        f"test {test['acc']:6.2f}  best {track.best:6.2f}  {seconds:6.0f} s",
+        flush=True,
+    )
+
+
+def progress(loader: Iterable, name: str) -> Iterable:
+    """A bar on a terminal; nothing elsewhere, where say_step's plain lines serve."""
+    return tqdm(loader, desc=name, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+
+def say_step(where: str, tracks: list[Track]) -> None:
+    means = "  ".join(f"{t.name} {m['loss']:.4f} {m['acc']:.2f}%" for t in tracks for m in [t.meters.read()])
+    if sys.stderr.isatty():
+        tqdm.write(f"{where}  {means}", file=sys.stderr)
+    else:
+        print(f"{where}  {means}", flush=True)
+
+
+def summary(track: Track, seconds: float) -> str:
+    """The closing line of one network."""
+    if track.failed:
+        return f"{track.name}: failed, {track.failed}; its files so far: {track.run.folder}"
+    return (
+        f"{track.name}: last {track.last:.2f}, best {track.best:.2f} (epoch {track.best_epoch}), "
+        f"{seconds:.0f} s, results in {track.run.folder}"
+    )

@@ -1,0 +1,57 @@
+"""First stage of the methods that have one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from helper.loops import train
+from helper.step import Track, TrainStep, sgd
+
+
+class InitTrack(Track):
+    """A track in its first stage: the modules that it trains and its loss; all else in eval mode."""
+
+    def __init__(self, track: Track, modules: list[nn.Module], opt):
+        super().__init__(track.name, track.model, track.distiller, track.weights, track.run)
+        self.track, self.modules = track, modules
+        self.own_term = True
+        params = dict.fromkeys(p for module in modules for p in module.parameters())  # each once
+        self.optimizer = sgd(list(params), opt.learning_rate, opt)
+
+    def train(self) -> None:
+        self.model.eval()
+        self.distiller.eval()
+        for module in self.modules:
+            module.train()
+
+    def loss(self, images: Tensor, target: Tensor, index: Tensor, teacher: dict, T: float) -> tuple[Tensor, Tensor]:
+        method = self.distiller
+        g_s, logit_s = self.model(images, is_feat=True, preact=method.preact)
+        g_t, _ = teacher[method.preact]
+        loss = method.init_loss(g_s[method.feats], g_t[method.feats])
+        zero = torch.zeros_like(loss)
+        return torch.stack([loss, zero, zero, loss]), logit_s
+
+    def after_step(self) -> None:
+        """Memories and queues belong to the main stage."""
+
+
+def init(step: TrainStep, loader: Iterable, opt) -> None:
+    """Run the first stage of every track that has one, all against the same teacher, at a constant learning rate."""
+    modules = {track: track.distiller.init_modules(track.model) for track in step.live}
+    first = TrainStep([InitTrack(track, m, opt) for track, m in modules.items() if m], step.teacher, step.T)
+    for epoch in range(1, opt.init_epochs + 1):
+        if not first.live:
+            break
+        train(epoch, loader, first, opt, stage="init_")
+        for track in first.live:
+            loss = track.meters.read()["loss"]
+            track.run.scalars({"init_train_loss": loss}, epoch)
+            track.run.line({"init_epoch": epoch, "init_train_loss": round(loss, 6)})
+            print(f"first stage, epoch {epoch}/{opt.init_epochs}  {track.name:<12} loss {loss:10.4f}", flush=True)
+    for stage in first.tracks:
+        stage.track.failed = stage.failed
+        stage.distiller.freeze(stage.modules)

@@ -1,0 +1,106 @@
+"""From options to what trains: loaders, the teacher's track, the students' tracks."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dataset import DataSource
+from dataset.loader import DeviceLoader
+from distiller_zoo import ALONE, create_distiller, method_options
+from helper.log import Run
+from helper.options import plain, weights_of
+from helper.step import Track
+from helper.util import seed_all
+from models import create_model
+from models.util import feature_shapes
+
+EVAL_BATCH = 500  # accuracy does not depend on it; large batches are faster
+
+
+def loaders(source: DataSource, opt: argparse.Namespace, device: torch.device) -> tuple[DeviceLoader, DeviceLoader]:
+    """-> (augmented training batches, test batches in file order), both on the device."""
+    same = {"mean": source.mean, "std": source.std, "device": device, "n_cls": source.n_cls}
+    train = DeviceLoader(
+        source.train_images, source.train_labels, opt.batch_size, augment=True, flip=source.flip, seed=opt.seed, **same
+    )
+    return train, DeviceLoader(source.test_images, source.test_labels, EVAL_BATCH, **same)
+
+
+def teacher_track(opt: argparse.Namespace, source: DataSource, device: torch.device) -> Track:
+    """A network that learns from labels alone, for train_teacher.py."""
+    name = f"{opt.model}_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_trial_{opt.trial}"
+    folder = opt.output / "models" / name
+    return make_track(ALONE, opt.model, folder, opt, source, device)
+
+
+def student_tracks(
+    opt: argparse.Namespace, source: DataSource, device: torch.device, teacher: nn.Module | None, arch_t: str
+) -> list[Track]:
+    """One track for each method of --distill. All students start from the same weights."""
+    tracks = []
+    for method in opt.distill:
+        w = {"gamma": 0, "alpha": 0, "beta": 0, **weights_of(method, opt)}
+        name = (
+            f"S_{opt.model_s}_T_{arch_t}_{opt.dataset}_{method}"
+            f"_r_{w['gamma']:g}_a_{w['alpha']:g}_b_{w['beta']:g}_{opt.trial}"
+        )
+        folder = opt.output / "student_model" / name
+        tracks.append(make_track(method, opt.model_s, folder, opt, source, device, teacher, arch_t))
+    return tracks
+
+
+def make_track(
+    method: str,
+    arch: str,
+    folder: Path,
+    opt: argparse.Namespace,
+    source: DataSource,
+    device: torch.device,
+    teacher: nn.Module | None = None,
+    arch_t: str = "none",
+) -> Track:
+    """A network, its method and its folder. Each is seeded by itself: nothing depends on what trains beside it."""
+    image_size = source.train_images.shape[1]
+    seed_all(opt.seed, "model")
+    model = create_model(arch, source.n_cls)
+    data = {"labels": source.train_labels, "n_data": len(source.train_labels), "n_cls": source.n_cls}
+    for side, net in (("s", model), ("t", teacher)):
+        if net is not None:
+            data[f"{side}_shapes"] = feature_shapes(net, image_size)
+            data[f"{side}_dim"] = data[f"{side}_shapes"][-1][1]
+    options = {key: value for key, value in getattr(opt, "options", {}).items() if key in method_options(method)}
+    seed_all(opt.seed, "method", method)
+    distiller = create_distiller(method, options, **data).to(device)
+    weights = weights_of(method, opt)
+    config = {
+        "method": method,
+        "arch": arch,
+        "teacher": arch_t,
+        "params": sum(p.numel() for p in model.parameters()),
+        "weights": weights,
+        "options": options,
+        "dataset": opt.dataset,
+        "n_cls": source.n_cls,
+        "n_train": len(source.train_labels),
+        "n_test": len(source.test_labels),
+        "image_size": image_size,
+        "mean": list(source.mean),
+        "std": list(source.std),
+        "device": device_name(device),
+        "opt": plain(opt),
+    }
+    model = model.to(device, memory_format=torch.channels_last)
+    run = Run(folder, arch, config)
+    run.check_free()
+    return Track(method, model, distiller, weights, run)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,145 @@
+"""A training step: one frozen teacher, any number of students in training against it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distiller_zoo import Distiller, kd_loss
+from helper.log import Run
+
+TERMS = ("loss", "cls", "div", "kd")  # the sum, cross-entropy, KL, the method's own; the last three unweighted
+
+
+class Meters:
+    """Means over an epoch. They stay on the device: a step never waits for it, read() does."""
+
+    def __init__(self, device: torch.device | str):
+        self.sums = torch.zeros(len(TERMS) + 2, dtype=torch.float64, device=device)  # terms, top-1, top-5
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # first with a non-finite loss; 0: none
+        self.bad_terms = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
+
+    def reset(self) -> None:
+        for tensor in vars(self).values():
+            tensor.zero_()
+
+    @torch.no_grad()
+    def update(self, terms: Tensor, logit: Tensor, target: Tensor) -> None:  # (4,), (B, n_cls), (B,)
+        terms = terms.double()
+        self.steps += 1
+        self.count += len(target)
+        self.sums += torch.cat([terms * len(target), correct(logit, target)])
+        first = ~terms[0].isfinite() & (self.bad_step == 0)
+        self.bad_step.copy_(torch.where(first, self.steps, self.bad_step))
+        self.bad_terms.copy_(torch.where(first, terms, self.bad_terms))
+
+    def read(self) -> dict[str, float]:
+        """Mean loss and terms, top-1 and top-5 in percent. Waits for the device."""
+        *terms, top1, top5 = (self.sums / self.count.clamp(min=1)).tolist()
+        return {**dict(zip(TERMS, terms, strict=True)), "acc": 100 * top1, "acc_top5": 100 * top5}
+
+    def trouble(self) -> str:
+        """Where the loss first was not finite, or ''. Waits for the device."""
+        step = int(self.bad_step)
+        if not step:
+            return ""
+        values = ", ".join(f"{name} {value:.4g}" for name, value in zip(TERMS, self.bad_terms.tolist(), strict=True))
+        return f"step {step}: the loss is not finite ({values})"
+
+
+def correct(logit: Tensor, target: Tensor) -> Tensor:
+    """Numbers of samples whose label is the first, and among the first five: (2,)."""
+    hit = logit.topk(min(5, logit.size(1)), dim=1).indices == target[:, None]  # (B, 5)
+    return torch.stack([hit[:, 0].sum(), hit.sum()]).double()
+
+
+class Track:
+    """One network in training: with its method, the weights of its loss, its optimizer, meters and folder."""
+
+    def __init__(self, name: str, model: nn.Module, distiller: Distiller, weights: dict[str, float], run: Run):
+        self.name, self.model, self.distiller, self.run = name, model, distiller, run
+        self.weights = {"gamma": 0.0, "alpha": 0.0, "beta": 0.0, **weights}
+        # whether the method has a term of its own in this stage, and so needs features
+        self.own_term = type(distiller).forward is not Distiller.forward and self.weights["beta"] != 0
+        self.meters = Meters(next(model.parameters()).device)
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.last, self.best, self.best_epoch = 0.0, 0.0, 0
+        self.failed = ""  # why it was closed
+
+    def start(self, opt) -> None:
+        """Its optimizer, over all that still trains."""
+        trained = [p for module in (self.model, self.distiller) for p in module.parameters() if p.requires_grad]
+        self.optimizer = sgd(trained, opt.learning_rate, opt)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def train(self) -> None:
+        self.model.train()
+        self.distiller.train()
+
+    def fail(self, reason: str) -> None:
+        """Close this track; those beside it go on."""
+        self.failed = reason
+        self.run.close()
+
+    def update(self, images: Tensor, target: Tensor, index: Tensor, teacher: dict, T: float) -> None:
+        """One step of this network. teacher: {preact: (features, logits)}; empty if no track has a teacher."""
+        terms, logit_s = self.loss(images, target, index, teacher, T)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms[0].backward()
+        self.optimizer.step()
+        self.after_step()
+        self.meters.update(terms.detach(), logit_s.detach(), target)
+
+    def after_step(self) -> None:
+        if self.own_term:
+            self.distiller.after_step()
+
+    def loss(self, images: Tensor, target: Tensor, index: Tensor, teacher: dict, T: float) -> tuple[Tensor, Tensor]:
+        """-> (loss and its three terms (4,), logits of the student)."""
+        method, w = self.distiller, self.weights
+        g_s, logit_s = self.model(images, is_feat=True, preact=method.preact and self.own_term)
+        g_t, logit_t = teacher.get(method.preact) or next(iter(teacher.values()), (None, None))
+        cls = F.cross_entropy(logit_s, target)
+        div = kd_loss(logit_s, logit_t, T) if w["alpha"] else torch.zeros_like(cls)
+        kd = torch.zeros_like(cls)
+        if self.own_term:
+            known = {"index": index, "target": target, "logit_s": logit_s, "logit_t": logit_t}
+            kd = method(g_s[method.feats], g_t[method.feats], **{name: known[name] for name in method.needs})
+        total = w["gamma"] * cls + w["alpha"] * div + w["beta"] * kd
+        return torch.stack([total, cls, div, kd]), logit_s
+
+
+class TrainStep:
+    """One batch: the teacher once, then every track that is still open."""
+
+    def __init__(self, tracks: list[Track], teacher: nn.Module | None = None, T: float = 4.0):
+        self.tracks, self.teacher, self.T = tracks, teacher, T
+
+    @property
+    def live(self) -> list[Track]:
+        return [track for track in self.tracks if not track.failed]
+
+    def __call__(self, images: Tensor, target: Tensor, index: Tensor) -> None:
+        live = self.live
+        teacher = self.know(images, {track.distiller.preact for track in live if track.own_term})
+        for track in live:
+            track.update(images, target, index, teacher, self.T)
+
+    # not inference_mode: what autograd saves for backward (the target of a mean squared error) may not come from it
+    @torch.no_grad()
+    def know(self, images: Tensor, kinds: set[bool]) -> dict[bool, tuple[list[Tensor], Tensor]]:
+        """What the teacher says of a batch, once for each kind of features (preact or not) that is asked for."""
+        if self.teacher is None:
+            return {}
+        return {preact: self.teacher(images, is_feat=True, preact=preact) for preact in sorted(kinds or {False})}
+
+
+def sgd(params: list[nn.Parameter], lr: float, opt) -> torch.optim.SGD:
+    """The published optimizer: momentum, and weight decay on everything that trains; one kernel for all tensors."""
+    return torch.optim.SGD(params, lr=lr, momentum=opt.momentum, weight_decay=opt.weight_decay, fused=True)

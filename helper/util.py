@@ -1,0 +1,85 @@
+"""Seeds, devices and what a user is told when a run cannot be done."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from dataset import DataError
+from distiller_zoo import DistillError
+from models.util import ModelError
+
+
+class RunError(ValueError):
+    """A run cannot be started or go on; the message is one sentence for the user."""
+
+
+def one_sentence(main: Callable[[], int | None]) -> Callable[[], int]:
+    """Let `main` end a run that cannot be done with one sentence and exit code 2, not a traceback."""
+
+    @functools.wraps(main)
+    def wrapped() -> int:
+        try:
+            return main() or 0
+        except (RunError, DataError, DistillError, ModelError) as error:
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+            return 130
+
+    return wrapped
+
+
+def stream(seed: int, *key: str) -> int:
+    """Seed of a named stream of random numbers; 32 bits are all that torch's CPU generator uses."""
+    return zlib.crc32("/".join((str(seed), *key)).encode())
+
+
+def seed_all(seed: int, *key: str) -> None:
+    """Seed the global generators, for the modules that are initialised next."""
+    torch.manual_seed(stream(seed, *key))
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: the GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RunError(f"--device {name}: choose auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise RunError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RunError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices for this torch")
+    return device
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": sys.version.split()[0]}
+    for package in ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def code_version() -> str:
+    """Commit of this checkout, with '+' if files differ from it; 'unknown' outside of git."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        git = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=True, timeout=10)
+        commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        return commit + ("+" if git(["git", "status", "--porcelain"]).stdout.strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

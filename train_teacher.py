@@ -1,0 +1,29 @@
+"""Train one network on labels alone."""
+
+import sys
+import time
+
+from dataset import load_dataset
+from helper.loops import fit, summary
+from helper.options import parse_teacher
+from helper.setup import loaders, teacher_track
+from helper.step import TrainStep
+from helper.util import choose_device, one_sentence
+
+
+@one_sentence
+def main() -> int:
+    opt = parse_teacher()
+    start = time.perf_counter()
+    device = choose_device(opt.device)
+    source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
+    train_loader, test_loader = loaders(source, opt, device)
+    track = teacher_track(opt, source, device)
+    track.run.open()
+    fit(TrainStep([track]), train_loader, test_loader, opt)
+    print(f"{opt.model} on {opt.dataset}, {summary(track, time.perf_counter() - start)}")
+    return 1 if track.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
