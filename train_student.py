@@ -1,7 +1,6 @@
 """Train students of one teacher: one for each method of --distill, side by side."""
 
 import sys
-import time
 
 from dataset import load_dataset
 from helper import pretrain
@@ -16,14 +15,13 @@ from helper.util import choose_device, one_sentence
 @one_sentence
 def main() -> int:
     opt = parse_student()
-    start = time.perf_counter()
     device = choose_device(opt.device)
     source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
     train_loader, test_loader = loaders(source, opt, device)
     arch_t, teacher = load_teacher(opt.path_t, opt.model_t, source.n_cls, device) if opt.path_t else ("none", None)
     tracks = student_tracks(opt, source, device, teacher, arch_t)
     for track in tracks:
-        track.run.open()
+        track.run.open(track.epoch)
     if teacher is not None:
         print(f"teacher {arch_t}: test {validate(teacher, test_loader)['acc']:.2f}")
 
@@ -32,7 +30,7 @@ def main() -> int:
     fit(step, train_loader, test_loader, opt)
 
     for track in tracks:
-        print(summary(track, time.perf_counter() - start))
+        print(summary(track))
     return 1 if any(track.failed for track in tracks) else 0
 
 

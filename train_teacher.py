@@ -1,7 +1,6 @@
 """Train one network on labels alone."""
 
 import sys
-import time
 
 from dataset import load_dataset
 from helper.loops import fit, summary
@@ -14,14 +13,13 @@ from helper.util import choose_device, one_sentence
 @one_sentence
 def main() -> int:
     opt = parse_teacher()
-    start = time.perf_counter()
     device = choose_device(opt.device)
     source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
     train_loader, test_loader = loaders(source, opt, device)
     track = teacher_track(opt, source, device)
-    track.run.open()
+    track.run.open(track.epoch)
     fit(TrainStep([track]), train_loader, test_loader, opt)
-    print(f"{opt.model} on {opt.dataset}, {summary(track, time.perf_counter() - start)}")
+    print(f"{opt.model} on {opt.dataset}, {summary(track)}")
     return 1 if track.failed else 0
 
 

@@ -12,6 +12,12 @@ from torch import nn
 from helper import checkpoint
 from helper.util import RunError, code_version, versions
 
+# Options that may change between two parts of one run: they change no number of it.
+FREE = {"print_freq", "tb_freq", "save_freq", "num_workers", "device", "download", "data_folder", "output", "resume"}
+FREE |= {"path_t", "model_t", "distill", "options"}  # the teacher, the method and its options are compared beside
+
+ABOUT = {"opt", "device", "code", "versions", "argv"}  # of a configuration: said, not compared
+
 
 class Run:
     """Folder of one network in training: config.json, metrics.jsonl, TensorBoard events, checkpoints."""
@@ -20,22 +26,48 @@ class Run:
         self.folder, self.arch, self.config = folder, arch, config
         self.writer = None
 
-    def check_free(self) -> None:
-        """A folder that holds a run is never written into."""
-        if (self.folder / "config.json").exists():
+    def resume(self, mode: str) -> dict | None:
+        """State of an earlier run of the same configuration in this folder; None if there is nothing to go on from."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            return None
+        if mode == "never":
             raise RunError(f"{self.folder} already holds a run: choose another --trial or --output")
+        try:
+            before = comparable(json.loads(path.read_text()))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise RunError(f"{path}: cannot be read ({error}): choose another --trial or --output") from error
+        now = comparable(json.loads(json.dumps(self.config)))
+        differ = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in now if before.get(key) != now[key]]
+        if differ:
+            raise RunError(f"{self.folder} holds a run of other options ({'; '.join(differ)}): choose another --trial")
+        state = self.folder / "resume.pth"
+        return checkpoint.load(state) if state.exists() else None
 
-    def open(self) -> None:
-        """Make the folder. TensorBoard is imported here: it takes a second that wrong options need not wait for."""
+    def open(self, epoch: int) -> None:
+        """Make the folder, or take it up again after `epoch` epochs.
+
+        TensorBoard is imported here: it takes a second that wrong options need not wait for.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             about = {**self.config, "code": code_version(), "versions": versions(), "argv": sys.argv}
             write_atomically(self.folder / "config.json", json.dumps(about, indent=1) + "\n")
-            self.writer = SummaryWriter(str(self.folder))
+            self.forget_after(epoch)
+            self.writer = SummaryWriter(str(self.folder), purge_step=epoch + 1 if epoch else None)
         except OSError as error:
             raise RunError(f"{self.folder}: cannot be written ({error.strerror})") from error
+
+    def forget_after(self, epoch: int) -> None:
+        """Drop lines of epochs that will be done again: the run was cut off before its state was saved."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            # a first stage's lines stay if it is not done again
+            kept = [line for line in lines if epoch and json.loads(line).get("epoch", 0) <= epoch]
+            write_atomically(path, "".join(kept))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for tag, value in values.items():
@@ -57,6 +89,10 @@ class Run:
         content = {"model": model.state_dict(), "arch": self.arch, "epoch": epoch, "accuracy": accuracy, **about}
         checkpoint.save(self.folder / f"{name}.pth", content)
 
+    def save_state(self, state: dict) -> None:
+        """All that is needed to go on."""
+        checkpoint.save(self.folder / "resume.pth", state)
+
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
@@ -66,3 +102,9 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def comparable(config: dict) -> dict:
+    """What must be the same in two parts of one run."""
+    options = {key: value for key, value in config["opt"].items() if key not in FREE}
+    return {**{key: value for key, value in config.items() if key not in ABOUT}, **options}

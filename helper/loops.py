@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable
@@ -25,7 +26,8 @@ def train(epoch: int, loader: Iterable, step: TrainStep, opt, stage: str = "") -
     for track in step.live:
         track.train()
         track.meters.reset()
-    loader.set_epoch(epoch)
+    if hasattr(loader, "set_epoch"):  # a plain DataLoader has none
+        loader.set_epoch(epoch)
     for i, batch in enumerate(progress(loader, name), 1):
         step(*batch)
         if i % opt.tb_freq == 0:
@@ -45,8 +47,13 @@ def close_failed(step: TrainStep, epoch: int) -> None:
     """A track whose loss was not finite ends here."""
     for track in step.live:
         if trouble := track.meters.trouble():
-            track.fail(f"epoch {epoch}, {trouble}")
-            print(f"{track.name}: stopped, {track.failed}", file=sys.stderr)
+            stop(track, f"epoch {epoch}, {trouble}")
+    step.live = [track for track in step.live if not track.failed]
+
+
+def stop(track: Track, reason: str) -> None:
+    track.fail(reason)
+    print(f"{track.name}: stopped, {reason}", file=sys.stderr)
 
 
 @torch.inference_mode()
@@ -64,29 +71,37 @@ def validate(model: nn.Module, loader: Iterable) -> dict[str, float]:
 
 
 def fit(step: TrainStep, train_loader: Iterable, test_loader: Iterable, opt) -> None:
-    """All epochs: train, validate, record, save."""
-    for track in step.live:
+    """All epochs that a track has not done yet: train, validate, record, save."""
+    tracks = [track for track in step.tracks if not track.failed]
+    for track in tracks:
         track.start(opt)
-    start = time.perf_counter()
+        if track.epoch:
+            print(f"{track.name}: {track.epoch} of {opt.epochs} epochs are done already, in {track.run.folder}")
     for epoch in range(1, opt.epochs + 1):
+        # A run that was cut off may have left some of its tracks an epoch behind the others.
+        step.live = [track for track in tracks if not track.failed and track.epoch < epoch]
+        if not step.live:
+            continue
+        start = time.perf_counter()
         lr = learning_rate(opt, epoch)
         for track in step.live:
             track.set_lr(lr)
         train(epoch, train_loader, step, opt)
-        for track in step.live:
-            test = validate(track.model, test_loader)
-            record(track, epoch, opt, lr, test, time.perf_counter() - start)
-        if not step.live:
-            break
-    for track in step.live:
-        track.run.save(f"{track.run.arch}_last", track.model, opt.epochs, track.last)
+        results = [validate(track.model, test_loader) for track in step.live]
+        for track, test in zip(step.live, results, strict=True):
+            track.seconds += time.perf_counter() - start
+            if math.isfinite(test["loss"]):
+                record(track, epoch, opt, lr, test)
+            else:
+                stop(track, f"epoch {epoch}: the loss on the test images is not finite")
+    for track in tracks:
         track.run.close()
 
 
-def record(track: Track, epoch: int, opt, lr: float, test: dict[str, float], seconds: float) -> None:
-    """An epoch's line, curves and checkpoints."""
+def record(track: Track, epoch: int, opt, lr: float, test: dict[str, float]) -> None:
+    """An epoch's line, curves and checkpoints; resume.pth comes last, and so stands for all of them."""
     means = track.meters.read()
-    track.last = test["acc"]
+    track.epoch, track.last = epoch, test["acc"]
     better = test["acc"] > track.best or epoch == 1
     if better:
         track.best, track.best_epoch = test["acc"], epoch
@@ -98,16 +113,19 @@ def record(track: Track, epoch: int, opt, lr: float, test: dict[str, float], sec
         **{f"train_{name}": means[name] for name in ("loss", "cls", "div", "kd")},
         **{f"test_{name}": value for name, value in test.items()},
         "best_acc": track.best,
-        "seconds": seconds,
+        "seconds": track.seconds,
     }
     track.run.epoch({key: round(value, 6) for key, value in line.items()})
     if better:
         track.run.save(f"{track.run.arch}_best", track.model, epoch, test["acc"])
     if epoch % opt.save_freq == 0:
         track.run.save(f"ckpt_epoch_{epoch}", track.model, epoch, test["acc"])
+    if epoch == opt.epochs:
+        track.run.save(f"{track.run.arch}_last", track.model, epoch, test["acc"])
+    track.run.save_state(track.state_dict())
     print(
         f"epoch {epoch}/{opt.epochs}  {track.name:<12} loss {means['loss']:8.4f}  train {means['acc']:6.2f}  "
-        f"test {test['acc']:6.2f}  best {track.best:6.2f}  {seconds:6.0f} s",
+        f"test {test['acc']:6.2f}  best {track.best:6.2f}  {track.seconds:6.0f} s",
         flush=True,
     )
 
@@ -125,11 +143,11 @@ def say_step(where: str, tracks: list[Track]) -> None:
         print(f"{where}  {means}", flush=True)
 
 
-def summary(track: Track, seconds: float) -> str:
+def summary(track: Track) -> str:
     """The closing line of one network."""
     if track.failed:
         return f"{track.name}: failed, {track.failed}; its files so far: {track.run.folder}"
     return (
         f"{track.name}: last {track.last:.2f}, best {track.best:.2f} (epoch {track.best_epoch}), "
-        f"{seconds:.0f} s, results in {track.run.folder}"
+        f"{track.seconds:.0f} s, results in {track.run.folder}"
     )

@@ -101,6 +101,7 @@ def parser_for(description: str) -> Parser:
     add("--image_size", type=number(int, 8, 1024), help="resize all images to this, once (the data set's own size)")
     add("--seed", type=number(int, 0), help="of initialisation, order and augmentation (the trial's number)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    add("--resume", choices=("auto", "never"), default="auto", help="go on with an unfinished run, or refuse to (auto)")
     add("--output", type=Path, default=Path("save"), help="folder of all results (./save)")
     return parser
 

@@ -41,8 +41,9 @@ class InitTrack(Track):
 
 def init(step: TrainStep, loader: Iterable, opt) -> None:
     """Run the first stage of every track that has one, all against the same teacher, at a constant learning rate."""
-    modules = {track: track.distiller.init_modules(track.model) for track in step.live}
-    first = TrainStep([InitTrack(track, m, opt) for track, m in modules.items() if m], step.teacher, step.T)
+    stages = {track: modules for track in step.tracks if (modules := track.distiller.init_modules(track.model))}
+    # a track that goes on in its main stage has its first behind it
+    first = TrainStep([InitTrack(track, m, opt) for track, m in stages.items() if not track.epoch], step.teacher)
     for epoch in range(1, opt.init_epochs + 1):
         if not first.live:
             break
@@ -54,4 +55,5 @@ def init(step: TrainStep, loader: Iterable, opt) -> None:
             print(f"first stage, epoch {epoch}/{opt.init_epochs}  {track.name:<12} loss {loss:10.4f}", flush=True)
     for stage in first.tracks:
         stage.track.failed = stage.failed
-        stage.distiller.freeze(stage.modules)
+    for track, modules in stages.items():
+        track.distiller.freeze(modules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import zlib
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from distiller_zoo import ALONE, create_distiller, method_options
 from helper.log import Run
 from helper.options import plain, weights_of
 from helper.step import Track
-from helper.util import seed_all
+from helper.util import RunError, seed_all
 from models import create_model
 from models.util import feature_shapes
 
@@ -81,6 +82,7 @@ def make_track(
         "method": method,
         "arch": arch,
         "teacher": arch_t,
+        "teacher_crc32": fingerprint(teacher) if teacher is not None else 0,
         "params": sum(p.numel() for p in model.parameters()),
         "weights": weights,
         "options": options,
@@ -96,8 +98,21 @@ def make_track(
     }
     model = model.to(device, memory_format=torch.channels_last)
     run = Run(folder, arch, config)
-    run.check_free()
-    return Track(method, model, distiller, weights, run)
+    track = Track(method, model, distiller, weights, run)
+    if state := run.resume(opt.resume):
+        try:
+            track.load_state_dict(state)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(f"{folder / 'resume.pth'}: does not fit this run ({error})") from error
+    return track
+
+
+def fingerprint(model: nn.Module) -> int:
+    """Tells one set of weights from another."""
+    crc = 0
+    for tensor in model.state_dict().values():
+        crc = zlib.crc32(tensor.cpu().contiguous().numpy().tobytes(), crc)
+    return crc
 
 
 def device_name(device: torch.device) -> str:

@@ -12,6 +12,9 @@ from helper.log import Run
 TERMS = ("loss", "cls", "div", "kd")  # the sum, cross-entropy, KL, the method's own; the last three unweighted
 
 
+REACHED = ("epoch", "last", "best", "best_epoch", "seconds")
+
+
 class Meters:
     """Means over an epoch. They stay on the device: a step never waits for it, read() does."""
 
@@ -66,13 +69,30 @@ class Track:
         self.own_term = type(distiller).forward is not Distiller.forward and self.weights["beta"] != 0
         self.meters = Meters(next(model.parameters()).device)
         self.optimizer: torch.optim.Optimizer | None = None
-        self.last, self.best, self.best_epoch = 0.0, 0.0, 0
+        self.epoch = 0  # epochs done
+        self.last, self.best, self.best_epoch, self.seconds = 0.0, 0.0, 0, 0.0
         self.failed = ""  # why it was closed
+        self.resumed: dict | None = None  # state of the optimizer to go on with
 
     def start(self, opt) -> None:
         """Its optimizer, over all that still trains."""
         trained = [p for module in (self.model, self.distiller) for p in module.parameters() if p.requires_grad]
         self.optimizer = sgd(trained, opt.learning_rate, opt)
+        if self.resumed:
+            self.optimizer.load_state_dict(self.resumed)
+
+    def state_dict(self) -> dict:
+        """All that the next epochs depend on, and what has been reached."""
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "distiller", "optimizer")}
+        return {**parts, **{name: getattr(self, name) for name in REACHED}}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from an earlier state; the optimizer's waits for start(), as parameters may be frozen before."""
+        self.model.load_state_dict(state["model"])
+        self.distiller.load_state_dict(state["distiller"])
+        self.resumed = state["optimizer"]
+        for name in REACHED:
+            setattr(self, name, state[name])
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -120,15 +140,11 @@ class TrainStep:
 
     def __init__(self, tracks: list[Track], teacher: nn.Module | None = None, T: float = 4.0):
         self.tracks, self.teacher, self.T = tracks, teacher, T
-
-    @property
-    def live(self) -> list[Track]:
-        return [track for track in self.tracks if not track.failed]
+        self.live = list(tracks)  # those in training in this epoch
 
     def __call__(self, images: Tensor, target: Tensor, index: Tensor) -> None:
-        live = self.live
-        teacher = self.know(images, {track.distiller.preact for track in live if track.own_term})
-        for track in live:
+        teacher = self.know(images, {track.distiller.preact for track in self.live if track.own_term})
+        for track in self.live:
             track.update(images, target, index, teacher, self.T)
 
     # not inference_mode: what autograd saves for backward (the target of a mean squared error) may not come from it

@@ -278,10 +278,16 @@ def test_stages_must_match(data, tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_is_never_overwritten(data, teacher, monkeypatch, capsys):
-    before = (teacher / "resnet8_last.pth").read_bytes()
-    code, _, err = call(train_teacher, [*data, *TEACHER, "--output", teacher.parent.parent], monkeypatch, capsys)
+    again = [*data, *TEACHER, "--output", teacher.parent.parent]
+    before = {path: path.read_bytes() for path in teacher.glob("*.*") if path.suffix != ".json"}
+    code, _, err = call(train_teacher, [*again, "--resume", "never"], monkeypatch, capsys)
     assert code == 2 and "already holds a run" in err
-    assert (teacher / "resnet8_last.pth").read_bytes() == before
+    code, _, err = call(train_teacher, [*again, "--epochs", "3", "--momentum", "0.5"], monkeypatch, capsys)
+    assert code == 2 and "epochs: 2 there, 3 here; " in err and "momentum: 0.9 there, 0.5 here" in err
+    code, out, _ = call(train_teacher, again, monkeypatch, capsys)  # a finished run is left as it is
+    assert code == 0 and "2 of 2 epochs are done already" in out
+    changed = [path.name for path, content in before.items() if path.read_bytes() != content]
+    assert changed == []
 
 
 def test_help_names_everything(monkeypatch, capsys):
