@@ -9,10 +9,20 @@ from torch import nn
 from distiller_zoo.AB import ABLoss
 from distiller_zoo.AT import Attention
 from distiller_zoo.base import Alone, Distiller, DistillError
+from distiller_zoo.CC import Correlation
 from distiller_zoo.CRD import CRDLoss
 from distiller_zoo.FitNet import HintLoss
+from distiller_zoo.FSP import FSP
+from distiller_zoo.FT import FactorTransfer
 from distiller_zoo.ICD import ICDLoss
 from distiller_zoo.KD import DistillKL, kd_loss
+from distiller_zoo.KDSVD import KDSVD
+from distiller_zoo.NST import NSTLoss
+from distiller_zoo.PKT import PKT
+from distiller_zoo.RKD import RKDLoss
+from distiller_zoo.RRD import RRDLoss
+from distiller_zoo.SP import Similarity
+from distiller_zoo.VID import VIDLoss
 from models.util import known_first
 
 ALONE = "none"
@@ -21,11 +31,28 @@ distiller_dict: dict[str, type[Distiller]] = {
     "kd": DistillKL,
     "hint": HintLoss,
     "attention": Attention,
+    "similarity": Similarity,
+    "correlation": Correlation,
+    "vid": VIDLoss,
+    "rkd": RKDLoss,
+    "pkt": PKT,
     "abound": ABLoss,
+    "factor": FactorTransfer,
+    "fsp": FSP,
+    "nst": NSTLoss,
     "crd": CRDLoss,
+    "rrd": RRDLoss,
     "icd": ICDLoss,
+    "kdsvd": KDSVD,
 }
-aliases = {"fitnet": "hint", "at": "attention", "ab": "abound"}
+aliases = {
+    "fitnet": "hint",
+    "at": "attention",
+    "sp": "similarity",
+    "cc": "correlation",
+    "ab": "abound",
+    "ft": "factor",
+}
 
 __all__ = [
     "ALONE",

@@ -6,6 +6,7 @@ Their parameters are named as in RepDistiller, so that its checkpoints and ours 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,6 +68,40 @@ class Embed(LinearEmbed):
 
     def forward(self, f: Tensor) -> Tensor:
         return F.normalize(super().forward(f), dim=1)
+
+
+class Paraphraser(nn.Module):
+    """Convolutional autoencoder of a map with `k` times its channels as code (FT); returns the reconstruction."""
+
+    def __init__(self, t_c: int, k: float = 0.5):
+        super().__init__()
+        code = int(t_c * k)
+        self.encoder = _three(nn.Conv2d, (t_c, t_c, code, code), use_bn=False)
+        self.decoder = _three(nn.ConvTranspose2d, (code, code, t_c, t_c), use_bn=False)
+
+    def forward(self, f_t: Tensor) -> Tensor:
+        return self.decoder(self.encoder(f_t))
+
+
+class Translator(nn.Module):
+    """From the student's map to the channels of the teacher's code (FT)."""
+
+    def __init__(self, s_c: int, t_c: int, k: float = 0.5):
+        super().__init__()
+        code = int(t_c * k)
+        self.encoder = _three(nn.Conv2d, (s_c, s_c, code, code), use_bn=True)
+
+    def forward(self, f_s: Tensor) -> Tensor:
+        return self.encoder(f_s)
+
+
+def _three(kind: type[nn.Module], c: Sequence[int], use_bn: bool) -> nn.Sequential:
+    """Three 3x3 layers; without batch norm an empty module holds its place, as names go by position."""
+    layers = []
+    for c_in, c_out in pairwise(c):
+        layers += [kind(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out) if use_bn else nn.Sequential()]
+        layers.append(nn.LeakyReLU(0.1, inplace=True))
+    return nn.Sequential(*layers)
 
 
 def _dims(shape: Sequence[int]) -> str:

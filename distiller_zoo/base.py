@@ -40,8 +40,12 @@ class Distiller(nn.Module):
         return None
 
     def init_loss(self, f_s, f_t) -> Tensor:
-        """Loss of the first stage."""
+        """Loss of the first stage; f_s is None where init_modules has nothing of the student."""
         raise NotImplementedError(f"{type(self).__name__} has no first stage")
+
+    def init_lr(self, model_s: nn.Module, lr: float) -> float:
+        """Constant learning rate of the first stage, where the main one's first is lr."""
+        return lr
 
     def freeze(self, modules: Sequence[nn.Module]) -> None:
         """End of the first stage: those of `modules` that are the method's own are trained no more."""

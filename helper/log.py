@@ -44,7 +44,7 @@ class Run:
         state = self.folder / "resume.pth"
         return checkpoint.load(state) if state.exists() else None
 
-    def open(self, epoch: int) -> None:
+    def open(self, epoch: int = 0) -> None:
         """Make the folder, or take it up again after `epoch` epochs.
 
         TensorBoard is imported here: it takes a second that wrong options need not wait for.

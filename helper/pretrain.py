@@ -19,7 +19,8 @@ class InitTrack(Track):
         self.track, self.modules = track, modules
         self.own_term = True
         params = dict.fromkeys(p for module in modules for p in module.parameters())  # each once
-        self.optimizer = sgd(list(params), opt.learning_rate, opt)
+        self.trains_student = any(p in params for p in track.model.parameters())
+        self.optimizer = sgd(list(params), track.distiller.init_lr(track.model, opt.learning_rate), opt)
 
     def train(self) -> None:
         self.model.eval()
@@ -27,11 +28,16 @@ class InitTrack(Track):
         for module in self.modules:
             module.train()
 
-    def loss(self, images: Tensor, target: Tensor, index: Tensor, teacher: dict, T: float) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, images: Tensor, target: Tensor, index: Tensor, teacher: dict, T: float
+    ) -> tuple[Tensor, Tensor | None]:
         method = self.distiller
-        g_s, logit_s = self.model(images, is_feat=True, preact=method.preact)
+        f_s = logit_s = None
+        if self.trains_student:
+            g_s, logit_s = self.model(images, is_feat=True, preact=method.preact)
+            f_s = g_s[method.feats]
         g_t, _ = teacher[method.preact]
-        loss = method.init_loss(g_s[method.feats], g_t[method.feats])
+        loss = method.init_loss(f_s, g_t[method.feats])
         zero = torch.zeros_like(loss)
         return torch.stack([loss, zero, zero, loss]), logit_s
 

@@ -30,11 +30,12 @@ class Meters:
             tensor.zero_()
 
     @torch.no_grad()
-    def update(self, terms: Tensor, logit: Tensor, target: Tensor) -> None:  # (4,), (B, n_cls), (B,)
+    def update(self, terms: Tensor, logit: Tensor | None, target: Tensor) -> None:  # (4,), (B, n_cls), (B,)
         terms = terms.double()
+        hits = terms.new_zeros(2) if logit is None else correct(logit, target)
         self.steps += 1
         self.count += len(target)
-        self.sums += torch.cat([terms * len(target), correct(logit, target)])
+        self.sums += torch.cat([terms * len(target), hits])
         first = ~terms[0].isfinite() & (self.bad_step == 0)
         self.bad_step.copy_(torch.where(first, self.steps, self.bad_step))
         self.bad_terms.copy_(torch.where(first, terms, self.bad_terms))
@@ -114,7 +115,7 @@ class Track:
         terms[0].backward()
         self.optimizer.step()
         self.after_step()
-        self.meters.update(terms.detach(), logit_s.detach(), target)
+        self.meters.update(terms, logit_s, target)
 
     def after_step(self) -> None:
         if self.own_term:
