@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -54,7 +53,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             about = {**self.config, "code": code_version(), "versions": versions(), "argv": sys.argv}
-            write_atomically(self.folder / "config.json", json.dumps(about, indent=1) + "\n")
+            checkpoint.write(self.folder / "config.json", (json.dumps(about, indent=1) + "\n").encode())
             self.forget_after(epoch)
             self.writer = SummaryWriter(str(self.folder), purge_step=epoch + 1 if epoch else None)
         except OSError as error:
@@ -67,7 +66,7 @@ class Run:
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
             # a first stage's lines stay if it is not done again
             kept = [line for line in lines if epoch and json.loads(line).get("epoch", 0) <= epoch]
-            write_atomically(path, "".join(kept))
+            checkpoint.write(path, "".join(kept).encode())
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for tag, value in values.items():
@@ -96,12 +95,6 @@ class Run:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def comparable(config: dict) -> dict:

@@ -31,6 +31,9 @@ def one_sentence(main: Callable[[], int | None]) -> Callable[[], int]:
         except (RunError, DataError, DistillError, ModelError) as error:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             return 2
+        except OSError as error:  # a full disk, a folder that may not be written
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            return 2
         except KeyboardInterrupt:
             print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
             return 130

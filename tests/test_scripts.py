@@ -290,6 +290,18 @@ def test_a_run_is_never_overwritten(data, teacher, monkeypatch, capsys):
     assert changed == []
 
 
+def test_a_full_disk_ends_with_a_sentence(data, tmp_path):
+    """Files may not grow beyond 100 kB: the first checkpoint does not fit."""
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+    limited += "sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); runpy.run_path(sys.argv[0], run_name='__main__')"
+    args = [sys.executable, "-c", limited, "train_teacher.py", *data, *TEACHER, "--output", str(tmp_path)]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("train_teacher.py: ") and "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.pth")) and not list(tmp_path.rglob(".*.tmp"))
+
+
 def test_help_names_everything(monkeypatch, capsys):
     code, out, _ = call(train_student, ["--help"], monkeypatch, capsys)
     assert code == 0
