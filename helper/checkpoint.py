@@ -17,13 +17,14 @@ from models import create_model, model_dict
 from models.util import known_first
 
 # What the published files hold beside tensors: their options, and learning rates and accuracies as numpy scalars.
+scalar = np.float64(0).__reduce__()[0]  # it has moved within numpy
 FOREIGN = [
     argparse.Namespace,
     np.dtype,
     np.dtypes.Float64DType,
     np.dtypes.Float32DType,
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    (scalar, "numpy.core.multiarray.scalar"),
+    (scalar, "numpy._core.multiarray.scalar"),
 ]
 
 

@@ -170,10 +170,10 @@ def check_student(parser: Parser, opt: argparse.Namespace, takers: dict[str, lis
     opt.distill = list(dict.fromkeys(opt.distill))
     for key in OPEN:
         if getattr(opt, key) is not None and not any(key in distiller_dict[name].weights for name in opt.distill):
-            parser.error(f"--{key}: {', '.join(opt.distill)} does not take it; methods with a teacher do")
+            parser.error(f"--{key}: not an option of {', '.join(opt.distill)}, but of the methods with a teacher")
     for key, methods in takers.items():
         if getattr(opt, key) is not None and not set(methods) & set(opt.distill):
-            parser.error(f"--{key}: {', '.join(opt.distill)} does not take it; {', '.join(methods)} does")
+            parser.error(f"--{key}: not an option of {', '.join(opt.distill)}, but of {', '.join(methods)}")
     opt.options = {key: value for key in takers if (value := getattr(opt, key)) is not None}
     for key in takers:
         delattr(opt, key)

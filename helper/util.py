@@ -68,8 +68,8 @@ def choose_device(name: str) -> torch.device:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    found = {"python": sys.version.split()[0]}
-    for package in ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow"):
+    found = {"python": sys.version.split()[0], "torch": torch.__version__}
+    for package in ("torchvision", "numpy", "scipy", "scikit-learn", "pillow"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
