@@ -3,12 +3,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from crd.criterion import contrast_loss
 from crd.memory import ContrastMemory
 from distiller_zoo.adapters import Embed
-from distiller_zoo.base import Distiller
+from distiller_zoo.base import Distiller, DistillError
 
 
 class CRDLoss(Distiller):
@@ -38,6 +39,8 @@ class CRDLoss(Distiller):
         mode: Literal["exact", "relax"] = "exact",
     ):
         super().__init__()
+        if torch.as_tensor(labels).unique().numel() < 2:
+            raise DistillError("contrasts classes, and the training set has only one")
         self.embed_s = Embed(s_dim, feat_dim)
         self.embed_t = Embed(t_dim, feat_dim)
         self.contrast = ContrastMemory(labels, feat_dim, nce_k, nce_t, nce_m, mode)
