@@ -177,6 +177,9 @@ def check_student(parser: Parser, opt: argparse.Namespace, takers: dict[str, lis
     opt.options = {key: value for key in takers if (value := getattr(opt, key)) is not None}
     for key in takers:
         delattr(opt, key)
+    for name in opt.distill:
+        if not any(weights_of(name, opt).values()):
+            parser.error(f"-r -a -b: nothing is left of the loss of {name}")
     if opt.path_t is None and any(distiller_dict[name].has_teacher for name in opt.distill):
         parser.error("--path_t: a teacher's checkpoint is needed, for example save/models/<teacher>/<arch>_best.pth")
     return opt

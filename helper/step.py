@@ -109,7 +109,7 @@ class Track:
         self.run.close()
 
     def update(self, images: Tensor, target: Tensor, index: Tensor, teacher: dict, T: float) -> None:
-        """One step of this network. teacher: {preact: (features, logits)}; empty if no track has a teacher."""
+        """One step of this network. teacher: {preact: (features, logits)}; empty if no track asks for it."""
         terms, logit_s = self.loss(images, target, index, teacher, T)
         self.optimizer.zero_grad(set_to_none=True)
         terms[0].backward()
@@ -144,17 +144,18 @@ class TrainStep:
         self.live = list(tracks)  # those in training in this epoch
 
     def __call__(self, images: Tensor, target: Tensor, index: Tensor) -> None:
-        teacher = self.know(images, {track.distiller.preact for track in self.live if track.own_term})
+        teacher = self.know(images)
         for track in self.live:
             track.update(images, target, index, teacher, self.T)
 
     # not inference_mode: what autograd saves for backward (the target of a mean squared error) may not come from it
     @torch.no_grad()
-    def know(self, images: Tensor, kinds: set[bool]) -> dict[bool, tuple[list[Tensor], Tensor]]:
-        """What the teacher says of a batch, once for each kind of features (preact or not) that is asked for."""
-        if self.teacher is None:
-            return {}
-        return {preact: self.teacher(images, is_feat=True, preact=preact) for preact in sorted(kinds or {False})}
+    def know(self, images: Tensor) -> dict[bool, tuple[list[Tensor], Tensor]]:
+        """What the teacher says of a batch: once for each kind of features (preact or not) that is asked for."""
+        kinds = {track.distiller.preact for track in self.live if track.own_term}
+        if not kinds and any(track.weights["alpha"] for track in self.live):
+            kinds = {False}  # any will do for the logits
+        return {preact: self.teacher(images, is_feat=True, preact=preact) for preact in sorted(kinds)}
 
 
 def sgd(params: list[nn.Parameter], lr: float, opt) -> torch.optim.SGD:
