@@ -16,6 +16,7 @@ class HintLoss(Distiller):
     hint_layer: entry of the feature list (0 = stem)
     """
 
+    feats = 2
     weights = {"gamma": 1.0, "alpha": 0.0, "beta": 100.0}
 
     def __init__(self, s_shapes: Shapes, t_shapes: Shapes, hint_layer: Literal[0, 1, 2, 3, 4] = 2):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -55,6 +56,8 @@ def right_vectors(f: Tensor, k: int) -> Tensor:
     They are eigenvectors of the smaller of its two Gram matrices, or the matrix times them.
     """
     f = f.flatten(2)  # (B, C, H * W)
+    # the vectors do not depend on the scale, squares in float32 do
+    f = f / f.detach().abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(f.dtype).tiny)
     if f.size(1) <= f.size(2):
         return TopEigenvectors.apply(f @ f.transpose(1, 2), k)
     left = TopEigenvectors.apply(f.transpose(1, 2) @ f, k)  # (B, H * W, k)
@@ -69,9 +72,10 @@ class TopEigenvectors(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gram: Tensor, k: int) -> Tensor:
-        value, vector = torch.linalg.eigh(gram)  # ascending
+        bad = ~gram.isfinite().all(2, keepdim=True).all(1, keepdim=True)  # eigh would raise
+        value, vector = torch.linalg.eigh(gram.masked_fill(bad, 0))  # ascending
         k = min(k, value.size(1))
-        top = vector[:, :, -k:].flip(2)
+        top = vector[:, :, -k:].flip(2).masked_fill(bad, math.nan)
         ctx.save_for_backward(value, vector, top)
         return top
 
