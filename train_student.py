@@ -4,10 +4,9 @@ import sys
 
 from dataset import load_dataset
 from helper import pretrain
-from helper.checkpoint import load_teacher
 from helper.loops import fit, summary, validate
 from helper.options import parse_student
-from helper.setup import loaders, student_tracks
+from helper.setup import NO_TEACHER, load_teacher, loaders, student_tracks
 from helper.step import TrainStep
 from helper.util import choose_device, one_sentence
 
@@ -16,16 +15,17 @@ from helper.util import choose_device, one_sentence
 def main() -> int:
     opt = parse_student()
     device = choose_device(opt.device)
+    teacher = load_teacher(opt) if opt.path_t else NO_TEACHER
     source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
     train_loader, test_loader = loaders(source, opt, device)
-    arch_t, teacher = load_teacher(opt.path_t, opt.model_t, source.n_cls, device) if opt.path_t else ("none", None)
-    tracks = student_tracks(opt, source, device, teacher, arch_t)
+    teacher.fit_for(source, device)
+    tracks = student_tracks(opt, source, device, teacher)
     for track in tracks:
-        track.run.open(track.epoch)
-    if teacher is not None:
-        print(f"teacher {arch_t}: test {validate(teacher, test_loader)['acc']:.2f}")
+        track.open(opt)
+    if teacher.model is not None:
+        print(f"teacher {teacher.arch}: test {validate(teacher.model, test_loader)['acc']:.2f}")
 
-    step = TrainStep(tracks, teacher, opt.kd_T)
+    step = TrainStep(tracks, teacher.model, opt.kd_T)
     pretrain.init(step, train_loader, opt)
     fit(step, train_loader, test_loader, opt)
 

@@ -17,9 +17,9 @@ def main() -> int:
     source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
     train_loader, test_loader = loaders(source, opt, device)
     track = teacher_track(opt, source, device)
-    track.run.open(track.epoch)
+    track.open(opt)
     fit(TrainStep([track]), train_loader, test_loader, opt)
-    print(f"{opt.model} on {opt.dataset}, {summary(track)}")
+    print(summary(track))
     return 1 if track.failed else 0
 
 

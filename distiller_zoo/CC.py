@@ -3,7 +3,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from distiller_zoo.adapters import LinearEmbed
-from distiller_zoo.base import Distiller
+from distiller_zoo.base import Distiller, Size
 
 
 class Correlation(Distiller):
@@ -16,7 +16,7 @@ class Correlation(Distiller):
     feats = -1
     weights = {"gamma": 1.0, "alpha": 0.0, "beta": 0.02}
 
-    def __init__(self, s_dim: int, t_dim: int, feat_dim: int = 128):
+    def __init__(self, s_dim: int, t_dim: int, feat_dim: Size = 128):
         super().__init__()
         self.embed_s = LinearEmbed(s_dim, feat_dim)
         self.embed_t = LinearEmbed(t_dim, feat_dim)

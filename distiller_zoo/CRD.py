@@ -9,7 +9,7 @@ from torch import Tensor
 from crd.criterion import contrast_loss
 from crd.memory import ContrastMemory
 from distiller_zoo.adapters import Embed
-from distiller_zoo.base import Distiller, DistillError
+from distiller_zoo.base import Distiller, DistillError, Share, Size, Temperature
 
 
 class CRDLoss(Distiller):
@@ -32,10 +32,10 @@ class CRDLoss(Distiller):
         s_dim: int,
         t_dim: int,
         labels: Sequence[int] | Tensor,
-        feat_dim: int = 128,
-        nce_k: int = 16384,
-        nce_t: float = 0.07,
-        nce_m: float = 0.5,
+        feat_dim: Size = 128,
+        nce_k: Size = 16384,
+        nce_t: Temperature = 0.07,
+        nce_m: Share = 0.5,
         mode: Literal["exact", "relax"] = "exact",
     ):
         super().__init__()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distiller_zoo.adapters import Embed
-from distiller_zoo.base import Distiller
+from distiller_zoo.base import Distiller, Size
 
 
 class ICDLoss(Distiller):
@@ -20,7 +20,7 @@ class ICDLoss(Distiller):
 
     feats = -1
 
-    def __init__(self, s_dim: int, t_dim: int, feat_dim: int = 128):
+    def __init__(self, s_dim: int, t_dim: int, feat_dim: Size = 128):
         super().__init__()
         self.embed_s = Embed(s_dim, feat_dim)
         self.embed_t = Embed(t_dim, feat_dim)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distiller_zoo.adapters import Embed
-from distiller_zoo.base import Distiller
+from distiller_zoo.base import Distiller, Size, Temperature
 
 
 class RRDLoss(Distiller):
@@ -24,10 +24,10 @@ class RRDLoss(Distiller):
         self,
         s_dim: int,
         t_dim: int,
-        feat_dim: int = 128,
-        nce_k: int = 16384,
-        nce_t_s: float = 0.04,
-        nce_t_t: float = 0.10,
+        feat_dim: Size = 128,
+        nce_k: Size = 16384,
+        nce_t_s: Temperature = 0.04,
+        nce_t_t: Temperature = 0.10,
     ):
         super().__init__()
         self.T_s, self.T_t = nce_t_s, nce_t_t

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Options' types, with the least and the largest value that make sense
+Size = Annotated[int, 1, 2**22]
+Temperature = Annotated[float, 1e-3, 1e3]
+Share = Annotated[float, 0.0, 1.0]
 
 Shapes = Sequence[Sequence[int]]  # of a feature list, batch dimension included
 

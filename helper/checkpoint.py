@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ FOREIGN = [
     (scalar, "numpy.core.multiarray.scalar"),
     (scalar, "numpy._core.multiarray.scalar"),
 ]
+
+MOST_CLASSES = 100_000  # more in a file is damage
 
 
 def save(path: Path, content: dict) -> None:
@@ -57,11 +60,25 @@ def load(path: str | Path) -> dict:
     if path.stat().st_size == 0:
         raise RunError(f"{path}: the checkpoint is empty")
     try:
+        # torch.load does not look at the archive's checksums: a flipped bit would pass
+        if zipfile.is_zipfile(path) and (member := zipfile.ZipFile(path).testzip()):
+            raise RunError(f"{path}: damaged ({member} does not match its checksum)")
         with torch.serialization.safe_globals(FOREIGN):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RunError(f"{path}: refused, not a plain checkpoint of tensors: {_reason(error)}") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except RunError:
+        raise
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        zipfile.BadZipFile,
+    ) as error:
         raise RunError(f"{path}: damaged or not a checkpoint ({_reason(error)})") from error
     if not isinstance(content, dict):
         raise RunError(f"{path}: not a checkpoint but a {type(content).__name__}")
@@ -78,32 +95,35 @@ def arch_of(path: Path, content: dict, arch: str | None) -> str:
         return arch
     if isinstance(content.get("arch"), str):
         return content["arch"]
-    folder = path.resolve().parent.name
+    folder = path.absolute().parent.name  # not resolve(): a link in such a folder is named by it
     fits = [name for name in model_dict if folder == name or folder.startswith(f"{name}_")]
     if not fits:
         raise RunError(f"{path}: no network is named in it nor by its folder '{folder}'; pass --model_t")
     return max(fits, key=len)
 
 
-def load_teacher(
-    path: str | Path, arch: str | None, n_cls: int, device: torch.device | str = "cpu"
-) -> tuple[str, nn.Module]:
-    """-> (architecture, frozen network in eval mode) of a checkpoint of ours or of a published one."""
+def load_network(path: str | Path, arch: str | None = None) -> tuple[str, int, nn.Module, dict]:
+    """-> (architecture, classes, network in eval mode, the rest of the file), of our checkpoints and published ones."""
     path = Path(path)
     content = load(path)
     arch = arch_of(path, content, arch)
-    state = content.get("model", content)
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise RunError(f"{path}: holds no network weights")
-    if content.get("n_cls", n_cls) != n_cls:
-        raise RunError(f"{path}: was trained for {content['n_cls']} classes, the data set has {n_cls}")
-    state = {key.removeprefix("module."): value for key, value in state.items()}  # of DataParallel
     if arch not in model_dict:
         raise RunError(f"{path}: its network '{arch}' is unknown; known: {', '.join(known_first(arch, model_dict))}")
+    state = content.pop("model", content)
+    if not isinstance(state, dict) or not all(isinstance(k, str) and _plain(v) for k, v in state.items()):
+        raise RunError(f"{path}: holds no network weights")
+    state = {key.removeprefix("module."): value for key, value in state.items()}  # of DataParallel
+    model = create_model(arch, 2)
+    bias = next((state[key] for key, own in model.state_dict().items() if own.shape == (2,) and key in state), None)
+    n_cls = len(bias) if bias is not None and bias.dim() == 1 and 0 < len(bias) <= MOST_CLASSES else 2
     model = create_model(arch, n_cls)
     _check_state(path, arch, model.state_dict(), state)
     model.load_state_dict(state)
-    return arch, model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return arch, n_cls, model.eval(), content
+
+
+def _plain(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _check_state(path: Path, arch: str, own: dict, state: dict) -> None:
@@ -113,6 +133,6 @@ def _check_state(path: Path, arch: str, own: dict, state: dict) -> None:
         raise RunError(f"{path}: not a {arch}: {what} ({len(absent)} tensors missing, {len(foreign)} unknown)")
     for key, value in state.items():
         if value.shape != own[key].shape:
-            raise RunError(
-                f"{path}: {key} is {list(value.shape)}, a {arch} for this data set has {list(own[key].shape)}"
-            )
+            raise RunError(f"{path}: {key} is {list(value.shape)}, a {arch} has {list(own[key].shape)}")
+        if value.is_floating_point() != own[key].is_floating_point() or not value.isfinite().all():
+            raise RunError(f"{path}: {key} holds what no trained network does (NaN, infinity, or another type)")

@@ -15,14 +15,15 @@ from helper.util import RunError, code_version, versions
 FREE = {"print_freq", "tb_freq", "save_freq", "num_workers", "device", "download", "data_folder", "output", "resume"}
 FREE |= {"path_t", "model_t", "distill", "options"}  # the teacher, the method and its options are compared beside
 
-ABOUT = {"opt", "device", "code", "versions", "argv"}  # of a configuration: said, not compared
+ABOUT = {"opt", "parts"}  # of a configuration: said, not compared
 
 
 class Run:
     """Folder of one network in training: config.json, metrics.jsonl, TensorBoard events, checkpoints."""
 
-    def __init__(self, folder: Path, arch: str, config: dict):
-        self.folder, self.arch, self.config = folder, arch, config
+    def __init__(self, folder: Path, arch: str, config: dict, device: str = "cpu"):
+        self.folder, self.arch, self.config, self.device = folder, arch, config, device
+        self.parts: list[dict] = []  # with what the parts of a run that was cut off were done
         self.writer = None
 
     def resume(self, mode: str) -> dict | None:
@@ -33,8 +34,9 @@ class Run:
         if mode == "never":
             raise RunError(f"{self.folder} already holds a run: choose another --trial or --output")
         try:
-            before = comparable(json.loads(path.read_text()))
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            config = json.loads(path.read_text())
+            before, self.parts = comparable(config), list(config["parts"])
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise RunError(f"{path}: cannot be read ({error}): choose another --trial or --output") from error
         now = comparable(json.loads(json.dumps(self.config)))
         differ = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in now if before.get(key) != now[key]]
@@ -52,10 +54,11 @@ class Run:
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            about = {**self.config, "code": code_version(), "versions": versions(), "argv": sys.argv}
+            part = {"from_epoch": epoch + 1, "code": code_version(), "versions": versions(), "argv": sys.argv}
+            about = {**self.config, "parts": [*(self.parts if epoch else []), {**part, "device": self.device}]}
             checkpoint.write(self.folder / "config.json", (json.dumps(about, indent=1) + "\n").encode())
             self.forget_after(epoch)
-            self.writer = SummaryWriter(str(self.folder), purge_step=epoch + 1 if epoch else None)
+            self.writer = SummaryWriter(str(self.folder))
         except OSError as error:
             raise RunError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
@@ -63,9 +66,12 @@ class Run:
         """Drop lines of epochs that will be done again: the run was cut off before its state was saved."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-            # a first stage's lines stay if it is not done again
-            kept = [line for line in lines if epoch and json.loads(line).get("epoch", 0) <= epoch]
+            try:
+                lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+                # a first stage's lines stay if it is not done again
+                kept = [line for line in lines if epoch and json.loads(line).get("epoch", 0) <= epoch]
+            except (ValueError, AttributeError, TypeError) as error:
+                raise RunError(f"{path}: damaged ({error}): choose another --trial or --output") from error
             checkpoint.write(path, "".join(kept).encode())
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -85,7 +91,8 @@ class Run:
     def save(self, name: str, model: nn.Module, epoch: int, accuracy: float) -> None:
         """A checkpoint that describes itself."""
         about = {key: self.config[key] for key in ("dataset", "n_cls", "mean", "std", "image_size", "opt")}
-        content = {"model": model.state_dict(), "arch": self.arch, "epoch": epoch, "accuracy": accuracy, **about}
+        state = {key: value.cpu() for key, value in model.state_dict().items()}  # readable without a GPU
+        content = {"model": state, "arch": self.arch, "epoch": epoch, "accuracy": accuracy, **about}
         checkpoint.save(self.folder / f"{name}.pth", content)
 
     def save_state(self, state: dict) -> None:

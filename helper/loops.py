@@ -28,8 +28,9 @@ def train(epoch: int, loader: Iterable, step: TrainStep, opt, stage: str = "") -
         track.meters.reset()
     if hasattr(loader, "set_epoch"):  # a plain DataLoader has none
         loader.set_epoch(epoch)
+    device = next(step.live[0].model.parameters()).device
     for i, batch in enumerate(progress(loader, name), 1):
-        step(*batch)
+        step(*on(device, batch))
         if i % opt.tb_freq == 0:
             for track in step.live:
                 track.run.scalars(
@@ -41,6 +42,11 @@ def train(epoch: int, loader: Iterable, step: TrainStep, opt, stage: str = "") -
                 return
             say_step(f"{name} step {i}/{len(loader)}", step.live)
     close_failed(step, epoch)
+
+
+def on(device: torch.device, batch: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Images, labels and indices of a batch: DeviceLoader's are there already, a plain DataLoader's are not."""
+    return [tensor.to(device, non_blocking=True) for tensor in batch]
 
 
 def close_failed(step: TrainStep, epoch: int) -> None:
@@ -61,7 +67,9 @@ def validate(model: nn.Module, loader: Iterable) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent and mean cross-entropy over every image of a loader, each once."""
     model.eval()
     sums, count = 0.0, 0
-    for images, target, _ in loader:
+    device = next(model.parameters()).device
+    for batch in loader:
+        images, target, _ = on(device, batch)
         logit = model(images)
         loss = F.cross_entropy(logit, target, reduction="sum").double()
         sums = sums + torch.cat([correct(logit, target), loss[None]])
@@ -115,7 +123,7 @@ def record(track: Track, epoch: int, opt, lr: float, test: dict[str, float]) -> 
         "best_acc": track.best,
         "seconds": track.seconds,
     }
-    track.run.epoch({key: round(value, 6) for key, value in line.items()})
+    track.run.epoch({key: float(f"{value:.7g}") if key != "epoch" else value for key, value in line.items()})
     if better:
         track.run.save(f"{track.run.arch}_best", track.model, epoch, test["acc"])
     if epoch % opt.save_freq == 0:

@@ -52,7 +52,8 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
     def convert(text: str) -> float:
         try:
             value = kind(text)
-        except ValueError as error:
+            float(value)
+        except (ValueError, OverflowError) as error:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not {'an integer' if kind is int else 'a number'}"
             ) from error
@@ -92,7 +93,7 @@ def parser_for(description: str) -> Parser:
     add("--epochs", type=positive, default=240, help="(240)")
     add("--learning_rate", type=number(float, 0), help=f"({LR}; {_lr_help()})")
     add("--lr_decay_epochs", type=epochs_list, default="150,180,210", help="epochs after which it decays (150,180,210)")
-    add("--lr_decay_rate", type=number(float, 0), default=0.1, help="(0.1)")
+    add("--lr_decay_rate", type=number(float, 0, 10), default=0.1, help="(0.1)")
     add("--weight_decay", type=number(float, 0), default=5e-4, help="(5e-4)")
     add("--momentum", type=share, default=0.9, help="(0.9)")
     add("--dataset", **named("data set", dataset_dict), default="cifar100", help="see below (cifar100)")
@@ -158,7 +159,14 @@ def add_method_options(parser: Parser) -> dict[str, list[str]]:
     for key, methods in takers.items():
         first = method_options(methods[0])[key]
         values = get_args(first.annotation) if get_origin(first.annotation) is Literal else None
-        kind = {"choices": values, "type": type(values[0])} if values else {"type": number(type(first.default))}
+        if values:
+            kind = {"choices": values, "type": type(values[0])}
+        elif isinstance(first.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(first.default, str):
+            kind = {"type": str}
+        else:
+            kind = {"type": number(type(first.default), *getattr(first.annotation, "__metadata__", ()))}
         said = re.search(rf"^\s*{key}: (.+)$", distiller_dict[methods[0]].__doc__ or "", re.MULTILINE)
         defaults = ", ".join(f"{m} {method_options(m)[key].default}" for m in methods)
         group.add_argument(f"--{key}", help=f"{said[1] if said else ''} ({defaults})", **kind)
@@ -181,7 +189,7 @@ def check_student(parser: Parser, opt: argparse.Namespace, takers: dict[str, lis
         if not any(weights_of(name, opt).values()):
             parser.error(f"-r -a -b: nothing is left of the loss of {name}")
     if opt.path_t is None and any(distiller_dict[name].has_teacher for name in opt.distill):
-        parser.error("--path_t: a teacher's checkpoint is needed, for example save/models/<teacher>/<arch>_best.pth")
+        parser.error("--path_t: a teacher's checkpoint is needed, for example save/models/<teacher>/<arch>_last.pth")
     return opt
 
 
@@ -190,13 +198,13 @@ def finish(opt: argparse.Namespace, model: str) -> argparse.Namespace:
     if opt.learning_rate is None:
         opt.learning_rate = default_lr.get(getattr(opt, model), LR)
     if opt.seed is None:
-        opt.seed = int(opt.trial) if opt.trial.isdigit() else zlib.crc32(opt.trial.encode())
+        opt.seed = int(opt.trial) if opt.trial.isdecimal() and opt.trial.isascii() else zlib.crc32(opt.trial.encode())
     return opt
 
 
 def trial(text: str) -> str:
     """Part of a folder's name."""
-    if not re.fullmatch(r"[\w.-]+", text):
+    if not re.fullmatch(r"\w([\w.-]*\w)?", text, re.ASCII) or len(text) > 60:
         raise argparse.ArgumentTypeError(f"{text!r} is not a name for a folder: letters, digits, '.', '_', '-'")
     return text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 import torch
@@ -53,9 +54,11 @@ def init(step: TrainStep, loader: Iterable, opt) -> None:
     for epoch in range(1, opt.init_epochs + 1):
         if not first.live:
             break
+        start = time.perf_counter()
         train(epoch, loader, first, opt, stage="init_")
         for track in first.live:
             loss = track.meters.read()["loss"]
+            track.track.seconds += time.perf_counter() - start
             track.run.scalars({"init_train_loss": loss}, epoch)
             track.run.line({"init_epoch": epoch, "init_train_loss": round(loss, 6)})
             print(f"first stage, epoch {epoch}/{opt.init_epochs}  {track.name:<12} loss {loss:10.4f}", flush=True)

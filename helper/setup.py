@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from dataset import DataSource
 from dataset.loader import DeviceLoader
 from distiller_zoo import ALONE, create_distiller, method_options
+from helper.checkpoint import load_network
 from helper.log import Run
 from helper.options import plain, weights_of
 from helper.step import Track
@@ -20,7 +22,40 @@ from helper.util import RunError, seed_all
 from models import create_model
 from models.util import feature_shapes
 
-EVAL_BATCH = 500  # accuracy does not depend on it; large batches are faster
+EVAL_PIXELS = 500 * 32 * 32  # of a test batch: accuracy does not depend on it, large batches are faster
+
+
+@dataclass
+class Teacher:
+    """A frozen network, and what its file says of it."""
+
+    arch: str = "none"
+    model: nn.Module | None = None
+    n_cls: int = 0
+    crc32: int = 0  # tells one set of weights from another
+    about: dict = field(default_factory=dict)
+    path: Path | None = None
+
+    def fit_for(self, source: DataSource, device: torch.device) -> None:
+        """Refuse other classes; say what else the teacher was trained on than it will see; move to the device."""
+        if self.model is None:
+            return
+        if self.n_cls != source.n_cls:
+            raise RunError(f"{self.path}: was trained for {self.n_cls} classes, the data set has {source.n_cls}")
+        now = {"image_size": source.train_images.shape[1], "mean": list(source.mean), "std": list(source.std)}
+        for key, value in now.items():
+            if self.about.get(key, value) != value:
+                print(f"note: the teacher was trained with {key} {self.about[key]}, here it is {value}")
+        self.model.to(device, memory_format=torch.channels_last)
+
+
+NO_TEACHER = Teacher()
+
+
+def load_teacher(opt: argparse.Namespace) -> Teacher:
+    """The network of --path_t, on the CPU, before anything else is fetched or made."""
+    arch, n_cls, model, about = load_network(opt.path_t, opt.model_t)
+    return Teacher(arch, model.requires_grad_(False), n_cls, fingerprint(model), about, opt.path_t)
 
 
 def loaders(source: DataSource, opt: argparse.Namespace, device: torch.device) -> tuple[DeviceLoader, DeviceLoader]:
@@ -29,29 +64,30 @@ def loaders(source: DataSource, opt: argparse.Namespace, device: torch.device) -
     train = DeviceLoader(
         source.train_images, source.train_labels, opt.batch_size, augment=True, flip=source.flip, seed=opt.seed, **same
     )
-    return train, DeviceLoader(source.test_images, source.test_labels, EVAL_BATCH, **same)
+    batch = max(1, EVAL_PIXELS // (source.test_images.shape[1] * source.test_images.shape[2]))
+    return train, DeviceLoader(source.test_images, source.test_labels, batch, **same)
 
 
 def teacher_track(opt: argparse.Namespace, source: DataSource, device: torch.device) -> Track:
     """A network that learns from labels alone, for train_teacher.py."""
     name = f"{opt.model}_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_trial_{opt.trial}"
     folder = opt.output / "models" / name
-    return make_track(ALONE, opt.model, folder, opt, source, device)
+    track = make_track(ALONE, opt.model, folder, opt, source, device, NO_TEACHER, role="teacher")
+    track.name = opt.model
+    return track
 
 
-def student_tracks(
-    opt: argparse.Namespace, source: DataSource, device: torch.device, teacher: nn.Module | None, arch_t: str
-) -> list[Track]:
+def student_tracks(opt: argparse.Namespace, source: DataSource, device: torch.device, teacher: Teacher) -> list[Track]:
     """One track for each method of --distill. All students start from the same weights."""
     tracks = []
     for method in opt.distill:
         w = {"gamma": 0, "alpha": 0, "beta": 0, **weights_of(method, opt)}
         name = (
-            f"S_{opt.model_s}_T_{arch_t}_{opt.dataset}_{method}"
+            f"S_{opt.model_s}_T_{teacher.arch}_{opt.dataset}_{method}"
             f"_r_{w['gamma']:g}_a_{w['alpha']:g}_b_{w['beta']:g}_{opt.trial}"
         )
         folder = opt.output / "student_model" / name
-        tracks.append(make_track(method, opt.model_s, folder, opt, source, device, teacher, arch_t))
+        tracks.append(make_track(method, opt.model_s, folder, opt, source, device, teacher))
     return tracks
 
 
@@ -62,15 +98,15 @@ def make_track(
     opt: argparse.Namespace,
     source: DataSource,
     device: torch.device,
-    teacher: nn.Module | None = None,
-    arch_t: str = "none",
+    teacher: Teacher,
+    role: str = "student",
 ) -> Track:
     """A network, its method and its folder. Each is seeded by itself: nothing depends on what trains beside it."""
     image_size = source.train_images.shape[1]
     seed_all(opt.seed, "model")
     model = create_model(arch, source.n_cls)
     data = {"labels": source.train_labels, "n_data": len(source.train_labels), "n_cls": source.n_cls}
-    for side, net in (("s", model), ("t", teacher)):
+    for side, net in (("s", model), ("t", teacher.model)):
         if net is not None:
             data[f"{side}_shapes"] = feature_shapes(net, image_size)
             data[f"{side}_dim"] = data[f"{side}_shapes"][-1][1]
@@ -79,10 +115,11 @@ def make_track(
     distiller = create_distiller(method, options, **data).to(device)
     weights = weights_of(method, opt)
     config = {
+        "role": role,
         "method": method,
         "arch": arch,
-        "teacher": arch_t,
-        "teacher_crc32": fingerprint(teacher) if teacher is not None else 0,
+        "teacher": teacher.arch,
+        "teacher_crc32": teacher.crc32,
         "params": sum(p.numel() for p in model.parameters()),
         "weights": weights,
         "options": options,
@@ -93,16 +130,16 @@ def make_track(
         "image_size": image_size,
         "mean": list(source.mean),
         "std": list(source.std),
-        "device": device_name(device),
+        "device_type": device.type,  # CRD draws on the device
         "opt": plain(opt),
     }
     model = model.to(device, memory_format=torch.channels_last)
-    run = Run(folder, arch, config)
+    run = Run(folder, arch, config, device_name(device))
     track = Track(method, model, distiller, weights, run)
     if state := run.resume(opt.resume):
         try:
             track.load_state_dict(state)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise RunError(f"{folder / 'resume.pth'}: does not fit this run ({error})") from error
     return track
 

@@ -75,6 +75,11 @@ class Track:
         self.failed = ""  # why it was closed
         self.resumed: dict | None = None  # state of the optimizer to go on with
 
+    def open(self, opt) -> None:
+        """Take up its folder, unless all is done already."""
+        if self.epoch < opt.epochs:
+            self.run.open(self.epoch)
+
     def start(self, opt) -> None:
         """Its optimizer, over all that still trains."""
         trained = [p for module in (self.model, self.distiller) for p in module.parameters() if p.requires_grad]

@@ -77,6 +77,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def code_version() -> str:
     """Commit of this checkout, with '+' if files differ from it; 'unknown' outside of git."""
     root = Path(__file__).resolve().parent.parent

@@ -64,8 +64,8 @@ def test_what_a_teacher_leaves(teacher):
     saved = torch.load(teacher / "resnet8_last.pth", weights_only=True)
     assert saved["arch"] == "resnet8" and saved["n_cls"] == 3 and saved["epoch"] == 2 and saved["dataset"] == "folder"
     assert len(saved["mean"]) == 3 and saved["opt"]["learning_rate"] == 0.05
-    config = json.loads((teacher / "config.json").read_text())
-    assert config["versions"]["torch"] == torch.__version__ and "--save_freq" in config["argv"] and config["code"]
+    (part,) = json.loads((teacher / "config.json").read_text())["parts"]
+    assert part["versions"]["torch"] == torch.__version__ and "--save_freq" in part["argv"] and part["code"]
     lines = [json.loads(line) for line in (teacher / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert lines[-1]["test_acc"] == pytest.approx(saved["accuracy"], abs=1e-5)
@@ -184,6 +184,11 @@ def bad(args, said, script=train_student):
         bad(["--distill", "hint", "--hint_layer", "7"], "invalid choice: 7"),
         bad(["--distill", "kd", "-b", "nan"], "nan is out of range"),
         bad(["--epochs", "0"], "0 is out of range"),
+        bad(["--epochs", "9" * 400], "is not an integer"),
+        bad(["--distill", "crd", "--nce_k", "0"], "0 is out of range"),
+        bad(["--distill", "crd", "--nce_t", "0"], "0 is out of range"),
+        bad(["--distill", "crd", "--nce_m", "7"], "7 is out of range"),
+        bad(["--trial", ".."], "is not a name for a folder"),
         bad(["--learning_rate", "inf"], "inf is out of range"),
         bad(["--lr_decay_epochs", "a,b"], "is not a list of epochs"),
         bad(["--batch_size", "67"], "--batch_size 67 is larger than the training set (66 images)"),
@@ -223,6 +228,13 @@ def damaged(kind, teacher, folder):
         path.write_bytes(good[: len(good) // 2])
     elif kind == "empty":
         path.write_bytes(b"")
+    elif kind == "flipped bit":
+        place = good.index(weights(teacher)["fc.weight"].numpy().tobytes())
+        path.write_bytes(good[:place] + bytes([good[place] ^ 64]) + good[place + 1 :])
+    elif kind == "nan":
+        torch.save({"model": {k: v * float("nan") for k, v in weights(teacher).items()}, "arch": "resnet8"}, path)
+    elif kind == "keys":
+        torch.save({"model": dict(enumerate(weights(teacher).values())), "arch": "resnet8"}, path)
     elif kind == "text":
         path.write_text("<html>404 not found</html>")
     elif kind == "code":
@@ -247,13 +259,16 @@ def damaged(kind, teacher, folder):
     [
         ("truncated", "damaged or not a checkpoint"),
         ("empty", "the checkpoint is empty"),
+        ("flipped bit", "does not match its checksum"),
+        ("nan", "holds what no trained network does"),
+        ("keys", "holds no network weights"),
         ("text", "refused, not a plain checkpoint"),
         ("code", "refused, not a plain checkpoint"),
         ("list", "not a checkpoint but a list"),
         ("unnamed", "pass --model_t"),
         ("no weights", "holds no network weights"),
         ("foreign arch", "its network 'alexnet' is unknown"),
-        ("classes", "fc.weight is [7, 64], a resnet8 for this data set has [3, 64]"),
+        ("classes", "was trained for 7 classes, the data set has 3"),
         ("said classes", "was trained for 7 classes, the data set has 3"),
     ],
 )
@@ -280,7 +295,7 @@ def test_stages_must_match(data, tmp_path, monkeypatch, capsys):
 
 def test_a_run_is_never_overwritten(data, teacher, monkeypatch, capsys):
     again = [*data, *TEACHER, "--output", teacher.parent.parent]
-    before = {path: path.read_bytes() for path in teacher.glob("*.*") if path.suffix != ".json"}
+    before = {path: path.read_bytes() for path in teacher.iterdir()}
     code, _, err = call(train_teacher, [*again, "--resume", "never"], monkeypatch, capsys)
     assert code == 2 and "already holds a run" in err
     code, _, err = call(train_teacher, [*again, "--epochs", "3", "--momentum", "0.5"], monkeypatch, capsys)
@@ -288,7 +303,7 @@ def test_a_run_is_never_overwritten(data, teacher, monkeypatch, capsys):
     code, out, _ = call(train_teacher, again, monkeypatch, capsys)  # a finished run is left as it is
     assert code == 0 and "2 of 2 epochs are done already" in out
     changed = [path.name for path, content in before.items() if path.read_bytes() != content]
-    assert changed == []
+    assert changed == [] and set(teacher.iterdir()) == set(before)
 
 
 def test_a_full_disk_ends_with_a_sentence(data, tmp_path):
