@@ -117,6 +117,7 @@ def make_track(
     config = {
         "role": role,
         "method": method,
+        "distilled": distiller.has_teacher,
         "arch": arch,
         "teacher": teacher.arch,
         "teacher_crc32": teacher.crc32,

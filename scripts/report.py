@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -30,18 +31,33 @@ def read_runs(root: Path) -> list[dict]:
         try:
             config = json.loads(path.read_text())
             lines = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+            epochs = [line for line in lines if "epoch" in line]
+            if epochs:
+                order = (config["role"] == "student", path.stat().st_mtime_ns)
+                runs.append({**config, "epochs": epochs, "name": name_of(config), "order": order})
         except FileNotFoundError:
             continue  # no epoch has ended yet
-        except json.JSONDecodeError as error:
-            sys.exit(f"report.py: {path.parent}: not a run's files ({error})")
-        epochs = [line for line in lines if "epoch" in line]
-        if epochs:
-            runs.append({**config, "epochs": epochs, "name": name_of(config), "order": path.stat().st_mtime_ns})
-    return sorted(runs, key=lambda run: (run["teacher"] != "none" or run["method"] != "none", run["order"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(fail(f"{path.parent}: not a run's files ({error})")) from error
+    runs.sort(key=lambda run: run["order"])
+    names = Counter(run["name"] for run in runs)
+    for run in runs:
+        if names[run["name"]] > 1:
+            run["name"] += f", trial {run['opt']['trial']}"
+    return runs
 
 
 def name_of(config: dict) -> str:
-    return f"{config['arch']} {'alone' if config['method'] == 'none' else config['method']}"
+    if config["role"] == "teacher":
+        return f"{config['arch']}, teacher"
+    weights = config["weights"]
+    with_kd = " + kd" if weights.get("alpha") and weights.get("beta") else ""
+    return f"{config['arch']}, {config['method'] if config['distilled'] else 'alone'}{with_kd}"
+
+
+def fail(message: str) -> int:
+    print(f"report.py: {message}", file=sys.stderr)
+    return 2
 
 
 def table(runs: list[dict]) -> str:
@@ -71,7 +87,7 @@ def align(row: tuple[str, ...], widths: list[int]) -> list[str]:
 
 
 def curves(runs: list[dict], path: Path) -> None:
-    """Test accuracy and training loss by epoch."""
+    """Test accuracy and test loss by epoch."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for i, run in enumerate(runs):
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)], "label": run["name"]}
@@ -93,14 +109,15 @@ def main() -> int:
     root = parser.parse_args().folder
     runs = read_runs(root)
     if not runs:
-        sys.exit(f"report.py: {root} holds no run with a finished epoch")
+        return fail(f"{root} holds no run with a finished epoch")
     text = table(runs)
     print(text)
-    together = sum(run["teacher"] != "none" for run in runs)
-    if together > 1:
-        print("Students of one call share the teacher and the clock: the seconds of each are those of the call.")
-    (root / "report.md").write_text(text + "\n")
-    curves(runs, root / "report.png")
+    print("Students of one call share the teacher and the clock: the seconds of each are those of the call.")
+    try:
+        (root / "report.md").write_text(text + "\n")
+        curves(runs, root / "report.png")
+    except OSError as error:
+        return fail(str(error))
     print(f"table: {root / 'report.md'}\npicture: {root / 'report.png'}")
     return 0
 

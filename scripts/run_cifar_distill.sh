@@ -4,6 +4,7 @@
 #     sh scripts/run_cifar_distill.sh [TEACHER] [TRIAL]
 set -eu
 cd "$(dirname "$0")/.."
+PATH=$PWD/.venv/bin:$PATH
 teacher=${1:-save/models/resnet32x4_vanilla/ckpt_epoch_240.pth}
 trial=${2:-1}
 

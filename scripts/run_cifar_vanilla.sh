@@ -2,6 +2,7 @@
 # The six teachers of the published CIFAR-100 table, and the students alone.
 set -eu
 cd "$(dirname "$0")/.."
+PATH=$PWD/.venv/bin:$PATH
 
 # teachers
 python train_teacher.py --model wrn_40_2

@@ -1,7 +1,7 @@
 # Sourced by quickstart.sh and test.sh, with the names of requirement files: makes .venv if it is absent, installs
 # what the files ask for if they have changed since, and sets $python.
 python=.venv/bin/python
-if [ ! -x "$python" ]; then
+if ! "$python" -m pip --version >/dev/null 2>&1; then
     echo "+ ${PYTHON:-python3} -m venv .venv"
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, this is " + sys.version)'
     "${PYTHON:-python3}" -m venv .venv

@@ -349,7 +349,7 @@ def test_the_main_job_in_miniature(tmp_path):
     out = sh("train_student.py", *small, "--path_t", path, "--distill", "none", "kd", "icd", "crd", "--nce_k", "64")
     assert out.count(": last ") == 4
     out = sh("scripts/report.py", tmp_path)
-    for row in ("resnet8 alone", "resnet8 kd", "resnet8 icd", "resnet8 crd"):
+    for row in ("resnet8, teacher", "resnet8, alone", "resnet8, kd", "resnet8, icd", "resnet8, crd"):
         assert row in out
     picture = tmp_path / "report.png"
     assert f"picture: {picture}" in out and picture.read_bytes().startswith(b"\x89PNG")
