@@ -1,0 +1,272 @@
+"""CRD's memory: which samples it contrasts with, and what its banks hold."""
+
+import copy
+import io
+import math
+from collections import Counter
+
+import pytest
+import torch
+from scipy import stats
+
+from crd.memory import ContrastMemory
+from distiller_zoo import DistillError, create_distiller
+
+BALANCED = [c for c in range(4) for _ in range(6)]  # 24 samples, 18 of other classes
+UNBALANCED = [0] * 12 + [1] * 5 + [2] * 2 + [3]  # 20 samples; 8, 15, 18 and 19 of other classes
+GAPS = [7, 3, 3, 7, 12, 12, 12, 3, 7, 0, 0, 12]  # unsorted; most labels are no class
+
+
+def memory(labels, K, mode="exact", seed=0, feat_dim=6):
+    torch.manual_seed(seed)
+    return ContrastMemory(labels, feat_dim, K, 0.07, 0.5, mode)
+
+
+def draws(bank, n, index=None):
+    """n draws for every sample (or for those of index): [(sample, positive, negatives)]."""
+    index = torch.arange(bank.n_data).flip(0) if index is None else index
+    return [
+        (i, row[0], row[1:]) for _ in range(n) for i, row in zip(index.tolist(), bank.draw(index).tolist(), strict=True)
+    ]
+
+
+def others(labels, i):
+    return [j for j, c in enumerate(labels) if c != labels[i]]
+
+
+def test_shape_and_type():
+    drawn = memory(BALANCED, 5).draw(torch.tensor([3, 3, 20]))
+    assert drawn.shape == (3, 6) and drawn.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "as_type", [list, torch.tensor, lambda labels: torch.tensor(labels, dtype=torch.int32).numpy()]
+)
+def test_labels_of_any_type(as_type):
+    for i, _, negative in draws(memory(as_type(GAPS), 4), 5):
+        assert set(negative) <= set(others(GAPS, i))
+
+
+@pytest.mark.parametrize(
+    "labels", [BALANCED, UNBALANCED, GAPS, BALANCED[::-1]], ids=["equal", "unequal", "gaps", "rev"]
+)
+@pytest.mark.parametrize("K", [1, 4, 8])
+@pytest.mark.parametrize("mode", ["exact", "relax"])
+def test_own_class_is_never_a_negative_and_none_comes_twice(labels, K, mode):
+    for i, positive, negative in draws(memory(labels, K, mode), 40):
+        assert set(negative) <= set(others(labels, i))
+        assert len(set(negative)) == K  # every sample of these sets has at least 8 others
+        assert labels[positive] == labels[i]
+        assert mode == "relax" or positive == i
+
+
+def test_as_many_negatives_as_there_are():
+    for i, _, negative in draws(memory(BALANCED, 18), 3):
+        assert sorted(negative) == others(BALANCED, i)
+
+
+@pytest.mark.parametrize("labels", [BALANCED, UNBALANCED, GAPS], ids=["equal", "unequal", "gaps"])
+def test_more_negatives_than_there_are(labels):
+    """Then they are drawn with replacement, and each comes up."""
+    seen = {i: Counter() for i in range(len(labels))}
+    for i, _, negative in draws(memory(labels, 50), 20):
+        assert len(negative) == 50
+        seen[i].update(negative)
+    for i, count in seen.items():
+        assert sorted(count) == others(labels, i)
+
+
+def test_only_the_samples_with_too_few_others_repeat():
+    """K = 12: class 0 has 8 others and repeats them; the rest have 15, 18, 19 and do not."""
+    repeated = Counter()
+    for i, _, negative in draws(memory(UNBALANCED, 12), 100):
+        assert len(negative) == 12 and set(negative) <= set(others(UNBALANCED, i))
+        repeated[UNBALANCED[i]] += len(set(negative)) < 12
+    assert repeated[0] == 1200 and repeated[1] == repeated[2] == repeated[3] == 0
+    exact = memory(UNBALANCED, 19)  # as many as class 3 has: it alone does not repeat
+    for i, _, negative in draws(exact, 5):
+        assert (len(set(negative)) == 19) == (UNBALANCED[i] == 3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "K"), [(BALANCED, 5), (BALANCED, 18), (BALANCED, 30), (UNBALANCED, 6), (UNBALANCED, 12), (GAPS, 3)]
+)
+def test_negatives_are_uniform(labels, K):
+    n = 1500
+    for i, count in enumerate(counts(memory(labels, K, seed=5), n)):
+        m = len(others(labels, i))
+        if m == K:  # without replacement: each, every time
+            assert set(count.values()) == {n}
+            continue
+        # without replacement a place's count varies less, by (m - K) / (m - 1)
+        uniform(count, m, n * K / m, (m - K) / (m - 1) if m > K else 1)
+
+
+def uniform(count, m, expected, variance=1.0):
+    """Chi-square of m counts, neither too large nor too small to be chance."""
+    chi2 = (sum((v - expected) ** 2 for v in count.values()) + (m - len(count)) * expected**2) / expected / variance
+    assert 1e-6 < stats.chi2.sf(chi2, m - 1) < 1 - 1e-6
+
+
+def counts(bank, n):
+    found = [Counter() for _ in range(bank.n_data)]
+    for i, _, negative in draws(bank, n):
+        found[i].update(negative)
+    return found
+
+
+def test_pairs_of_negatives_are_uniform():
+    """Not only every place alike, but every two places together."""
+    bank, pairs, n = memory([0, *[1] * 6], 2, seed=1), Counter(), 6000
+    for _, _, negative in draws(bank, n, torch.tensor([0])):
+        pairs[tuple(sorted(negative))] += 1
+    uniform(pairs, 15, n / 15)
+
+
+def test_draws_of_one_batch_differ():
+    rows = memory(BALANCED, 9).draw(torch.zeros(50, dtype=torch.int64))[:, 1:].sort(1).values
+    assert len({tuple(row) for row in rows.tolist()}) > 45
+
+
+def test_relax_draws_every_sample_of_the_class_alike():
+    bank, n = memory(GAPS, 2, "relax", seed=2), 2000
+    found = [Counter() for _ in GAPS]
+    for i, positive, _ in draws(bank, n):
+        found[i][positive] += 1
+    for i, count in enumerate(found):
+        own = [j for j, c in enumerate(GAPS) if c == GAPS[i]]
+        assert sorted(count) == own
+        uniform(count, len(own), n / len(own))
+
+
+@pytest.mark.parametrize(("mode", "K"), [("exact", 5), ("relax", 5), ("relax", 12), ("exact", 40)])
+def test_same_seed_same_draws(mode, K):
+    """Whatever else draws from the global generator, or moves it."""
+    a, b, other = memory(UNBALANCED, K, mode), memory(UNBALANCED, K, mode), memory(UNBALANCED, K, mode, seed=1)
+    index = torch.arange(20)
+    first = [a.draw(index) for _ in range(3)]
+    before = torch.get_rng_state()
+    torch.manual_seed(77)
+    second = []
+    for _ in range(3):
+        torch.rand(100)
+        second.append(b.draw(index))
+    assert torch.equal(torch.stack(first), torch.stack(second))
+    assert not torch.equal(torch.stack(first), torch.stack([other.draw(index) for _ in range(3)]))
+    assert not torch.equal(first[0], first[1])
+    torch.set_rng_state(before)
+    a.draw(index)
+    assert torch.equal(torch.get_rng_state(), before)  # the global generator is not touched
+
+
+@pytest.mark.parametrize("drawn_before", [0, 3])
+def test_the_generator_goes_on_where_it_was(drawn_before):
+    """Through a checkpoint file, into a memory that was built and used otherwise."""
+    bank, index = memory(UNBALANCED, 5), torch.arange(20)
+    for _ in range(drawn_before):
+        bank.draw(index)
+    file = io.BytesIO()
+    torch.save(bank.state_dict(), file)
+    file.seek(0)
+    want = [bank.draw(index) for _ in range(3)]
+    for used in (False, True):
+        file.seek(0)
+        other = memory(UNBALANCED, 5, seed=9)
+        if used:
+            other.draw(index)
+        other.load_state_dict(torch.load(file, weights_only=True))
+        assert all(torch.equal(other.draw(index), w) for w in want)
+
+
+def test_the_state_holds_banks_and_constants():
+    bank = memory(BALANCED, 5)
+    assert {"memory_v1", "memory_v2", "Z_v1", "Z_v2"} <= set(bank.state_dict())
+    assert not list(bank.parameters())
+
+
+def test_first_content():
+    """Uniform within 1 / sqrt(feat_dim / 3), the two banks different."""
+    bank = memory([0, 1] * 500, 5, feat_dim=48)
+    for rows in (bank.memory_v1, bank.memory_v2):
+        assert rows.shape == (1000, 48) and 0.2499 < rows.abs().max() <= 0.25
+        assert abs(float(rows.mean())) < 0.003 and float(rows.std()) == pytest.approx(0.25 / math.sqrt(3), rel=0.01)
+    assert not torch.equal(bank.memory_v1, bank.memory_v2)
+
+
+def embeddings(n, seed, dim=6):
+    noise = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(n, dim, generator=noise), dim=1)
+
+
+def test_update_moves_the_rows_of_the_batch_only():
+    bank = memory(BALANCED, 5)
+    bank.momentum = 0.7
+    index = torch.tensor([4, 0, 17])
+    before = {name: getattr(bank, name).clone() for name in ("memory_v1", "memory_v2")}
+    v = {"memory_v1": embeddings(3, 1), "memory_v2": embeddings(3, 2)}
+    bank.update(index, v["memory_v1"], v["memory_v2"])
+    rest = [i for i in range(24) if i not in index]
+    for name, old in before.items():
+        new = getattr(bank, name)
+        assert torch.equal(new[rest], old[rest])
+        for i, e in zip(index.tolist(), v[name].tolist(), strict=True):
+            row = [0.7 * a + 0.3 * b for a, b in zip(old[i].tolist(), e, strict=True)]
+            norm = math.sqrt(sum(x * x for x in row))
+            assert new[i].tolist() == pytest.approx([x / norm for x in row], abs=1e-6)
+            assert float(new[i].norm()) == pytest.approx(1, abs=1e-6)
+
+
+def test_update_of_opposite_vectors_stays_finite():
+    bank = memory(BALANCED, 5)
+    index, v = torch.tensor([3]), embeddings(1, 0)
+    bank.update(index, v, v)
+    bank.memory_v1[3] = -v[0]
+    bank.update(index, v, v)  # half of each: nothing is left to normalise
+    assert bank.memory_v1.isfinite().all()
+
+
+def test_update_keeps_no_graph():
+    bank = memory(BALANCED, 5)
+    v = embeddings(2, 0).requires_grad_()
+    bank(v, v, bank.draw(torch.tensor([1, 2])))[0].sum().backward()
+    bank.update(torch.tensor([1, 2]), v, v)
+    for buffer in bank.buffers():
+        assert buffer.is_leaf and not buffer.requires_grad
+    copy.deepcopy(bank.state_dict())
+
+
+def test_constants_are_set_once():
+    """By the first batch, from its scores against the other's bank; later batches are divided by them too."""
+    bank = memory(BALANCED, 5)
+    assert float(bank.Z_v1) == float(bank.Z_v2) == 0
+    for step in range(3):
+        idx = bank.draw(torch.tensor([step, step + 7]))
+        v_s, v_t = embeddings(2, step), embeddings(2, step + 10)
+        raw = []
+        for v, rows in ((v_s, bank.memory_v2), (v_t, bank.memory_v1)):
+            v, rows = v.double().tolist(), rows.double().tolist()
+            out = [[sum(a * b for a, b in zip(v[n], rows[k], strict=True)) for k in idx[n].tolist()] for n in range(2)]
+            raw.append([[math.exp(x / 0.07) for x in row] for row in out])
+        if step == 0:
+            Z = [sum(map(sum, out)) / 12 * 24 for out in raw]
+        p_s, p_t = bank(v_s, v_t, idx)
+        assert [float(bank.Z_v1), float(bank.Z_v2)] == pytest.approx(Z, rel=1e-5)
+        for p, out, z in zip((p_s, p_t), raw, Z, strict=True):
+            assert p.flatten().tolist() == pytest.approx([x / z for row in out for x in row], rel=1e-4)
+        bank.update(torch.tensor([step, step + 7]), v_s, v_t)
+
+
+def test_gradients_reach_the_embeddings_and_not_the_banks():
+    bank = memory(BALANCED, 5)
+    v_s, v_t = embeddings(2, 0).requires_grad_(), embeddings(2, 1).requires_grad_()
+    p_s, p_t = bank(v_s, v_t, bank.draw(torch.tensor([0, 8])))
+    p_s.log().sum().backward(retain_graph=True)
+    assert v_s.grad.any() and v_t.grad is None
+    p_t.log().sum().backward()
+    assert v_t.grad.any() and not any(b.requires_grad for b in bank.buffers())
+
+
+def test_one_class_only_is_refused():
+    """Nothing to contrast with: a sentence, not an index out of range in the middle of a run."""
+    with pytest.raises(DistillError):
+        create_distiller("crd", {"nce_k": 4}, s_dim=3, t_dim=3, labels=[5] * 8)
