@@ -59,6 +59,7 @@ class Distiller(nn.Module):
         for module in modules:
             if module in own:
                 module.requires_grad_(False)
+                module.zero_grad(set_to_none=True)  # their memory would be held through the main stage
 
     def train(self, mode: bool = True) -> Distiller:
         """Training mode for the parts that train; frozen ones keep their batch statistics."""

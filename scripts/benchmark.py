@@ -69,7 +69,7 @@ def fsp_broadcast(method: Distiller, g_s: list[Tensor], g_t: list[Tensor]) -> Te
 
 
 def crd_gather(method: Distiller, f_s: Tensor, f_t: Tensor, index: Tensor) -> Tensor:
-    """The drawn rows of each bank: (B, 1 + K, feat_dim)."""
+    """The drawn rows of each bank: (B, 1 + K, feat_dim). In float32 this form's logarithms lose 5e-5 of the loss."""
     bank, idx = method.contrast, method.contrast.draw(index)
     noise = bank.K / bank.n_data
 
