@@ -36,7 +36,8 @@ class ContrastMemory(nn.Module):
         }.items():
             self.register_buffer(name, value, persistent=False)
         present = count[count > 0]
-        self.n_neg_range = self.n_data - int(present.max()), self.n_data - int(present.min())
+        fewest, most = self.n_neg_range = self.n_data - int(present.max()), self.n_data - int(present.min())
+        self.tries = draws_for(K, fewest) if fewest > K else most
         self.seed = int(torch.randint(2**31, ()))
         self.generator = None
 
@@ -74,14 +75,35 @@ class ContrastMemory(nn.Module):
         return torch.cat([self._positive(index, c)[:, None], negative], dim=1)
 
     def _distinct(self, c: Tensor, most: int) -> Tensor:
-        """K distinct ranks among each sample's negatives: where the K smallest of as many random keys stand."""
+        """K distinct ranks among each sample's negatives, every set of K as likely as any other."""
+        return self._smallest_keys(c, most) if self.tries > 0.75 * most else self._first_seen(c)  # the faster of two
+
+    def _smallest_keys(self, c: Tensor, most: int) -> Tensor:
+        """Where the K smallest of as many random keys stand."""
         key = torch.rand(len(c), most, generator=self._source(), device=c.device)
         if self.n_neg_range[0] < most:  # classes of unequal size
             key.masked_fill_(torch.arange(most, device=c.device) >= self.n_data - self.count[c, None], 2.0)
         return key.topk(self.K, dim=1, largest=False, sorted=False).indices
 
+    def _first_seen(self, c: Tensor) -> Tensor:
+        """Ranks drawn with replacement, of which the first K that had not come up before are kept."""
+        rank = self._ranks(c, self.tries)  # (B, tries)
+        order = torch.arange(self.tries, dtype=torch.int32, device=c.device).expand_as(rank)
+        seen_at = order.new_full((len(c), self.n_neg_range[1]), self.tries).scatter_reduce_(1, rank, order, "amin")
+        new = seen_at.gather(1, rank) == order
+        place = new.cumsum(1) - 1
+        kept = rank[:, : self.K + 1].clone()  # a place left open, see draws_for, would hold a repeated negative
+        return kept.scatter_(1, torch.where(new & (place < self.K), place, self.K), rank)[:, : self.K]
+
     def _repeated(self, c: Tensor) -> Tensor:
-        return self._below((self.n_data - self.count[c])[:, None].expand(-1, self.K))
+        return self._ranks(c, self.K)
+
+    def _ranks(self, c: Tensor, n: int) -> Tensor:
+        """(B, n) independent ranks among each sample's negatives."""
+        fewest, most = self.n_neg_range
+        if fewest == most:
+            return torch.randint(most, (len(c), n), generator=self._source(), device=c.device)
+        return self._below((self.n_data - self.count[c])[:, None].expand(-1, n))
 
     def _positive(self, index: Tensor, c: Tensor) -> Tensor:
         if self.mode == "exact":
@@ -104,3 +126,10 @@ class ContrastMemory(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self._source().set_state(state.cpu())
+
+
+def draws_for(k: int, n: int) -> int:
+    """Draws with replacement from n that hold k different ones, but for a chance below 1e-20 where k < n / 2."""
+    new = 1 - torch.arange(k, dtype=torch.float64) / n  # chance that the next is one
+    mean, variance = (1 / new).sum(), ((1 - new) / new.square()).sum()
+    return int(mean + 12 * variance.sqrt()) + 100

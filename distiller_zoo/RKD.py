@@ -16,25 +16,25 @@ class RKDLoss(Distiller):
     """
 
     feats = -1
+    least_batch = 3  # of two, the one distance is its own mean
     w_distance, w_angle = 25.0, 50.0
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:  # (B, s_dim), (B, t_dim)
-        distance = F.smooth_l1_loss(distances(f_s), distances(f_t))
-        angle = F.smooth_l1_loss(angles(f_s), angles(f_t))
+        to_s, to_t = (f[None] - f[:, None] for f in (f_s, f_t))  # (B, B, dim), from i to j
+        distance = F.smooth_l1_loss(distances(to_s), distances(to_t))
+        angle = F.smooth_l1_loss(angles(to_s), angles(to_t))
         return self.w_distance * distance + self.w_angle * angle
 
 
-def distances(f: Tensor) -> Tensor:
-    """Euclidean distances of all pairs, in units of their mean: (B, B)."""
-    n = len(f)
-    square = f.square().sum(1)
-    square = square[:, None] + square - 2 * f @ f.T
-    off_diagonal = 1 - torch.eye(n, dtype=f.dtype, device=f.device)
-    d = square.clamp(min=EPS).sqrt() * off_diagonal
+def distances(to: Tensor) -> Tensor:
+    """Euclidean lengths, in units of the mean over pairs: (B, B)."""
+    n = len(to)
+    off_diagonal = 1 - torch.eye(n, dtype=to.dtype, device=to.device)
+    d = to.square().sum(2).clamp(min=EPS).sqrt() * off_diagonal
     return d / (d.sum() / max(n * (n - 1), 1)).clamp(min=EPS)
 
 
-def angles(f: Tensor) -> Tensor:
+def angles(to: Tensor) -> Tensor:
     """Cosines of the angles at i between the directions to j and to k: (B, B, B)."""
-    direction = F.normalize(f[None] - f[:, None], dim=2)  # (B, B, dim), from i to j
+    direction = F.normalize(to, dim=2)
     return direction @ direction.transpose(1, 2)

@@ -33,6 +33,7 @@ class Distiller(nn.Module):
     needs: tuple[str, ...] = ()  # what else forward() takes, by name: index, target, logit_s, logit_t
     weights = {"gamma": 1.0, "alpha": 0.0, "beta": 1.0}  # published; those named here can be set by -r -a -b
     has_teacher = True
+    least_batch = 1  # samples that the term compares at least; a last batch of fewer adds a constant
 
     def forward(self, f_s, f_t, **needs: Tensor) -> Tensor | float:
         """The method's own term; 0 for methods that live in the first stage or in the KL term."""

@@ -156,7 +156,10 @@ def add_method_options(parser: Parser) -> dict[str, list[str]]:
     for name in distiller_dict:
         for key in method_options(name):
             takers.setdefault(key, []).append(name)
+    taken = parser.parse_args([])
     for key, methods in takers.items():
+        if hasattr(taken, key):
+            raise DistillError(f"method {methods[0]}: its option {key} is a flag of the script's own, rename it")
         first = method_options(methods[0])[key]
         values = get_args(first.annotation) if get_origin(first.annotation) is Literal else None
         if values:
@@ -186,8 +189,11 @@ def check_student(parser: Parser, opt: argparse.Namespace, takers: dict[str, lis
     for key in takers:
         delattr(opt, key)
     for name in opt.distill:
-        if not any(weights_of(name, opt).values()):
+        weights, least = weights_of(name, opt), distiller_dict[name].least_batch
+        if not any(weights.values()):
             parser.error(f"-r -a -b: nothing is left of the loss of {name}")
+        if opt.batch_size < least and weights.get("beta"):
+            parser.error(f"--batch_size {opt.batch_size}: {name} compares the samples of a batch, at least {least}")
     if opt.path_t is None and any(distiller_dict[name].has_teacher for name in opt.distill):
         parser.error("--path_t: a teacher's checkpoint is needed, for example save/models/<teacher>/<arch>_last.pth")
     return opt

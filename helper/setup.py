@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,6 +111,7 @@ def make_track(
         if net is not None:
             data[f"{side}_shapes"] = feature_shapes(net, image_size)
             data[f"{side}_dim"] = data[f"{side}_shapes"][-1][1]
+    check_last_batch([*data["s_shapes"], *data.get("t_shapes", ())], data["n_data"], opt)
     options = {key: value for key, value in getattr(opt, "options", {}).items() if key in method_options(method)}
     seed_all(opt.seed, "method", method)
     distiller = create_distiller(method, options, **data).to(device)
@@ -143,6 +145,15 @@ def make_track(
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise RunError(f"{folder / 'resume.pth'}: does not fit this run ({error})") from error
     return track
+
+
+def check_last_batch(shapes: Sequence[Sequence[int]], n_data: int, opt: argparse.Namespace) -> None:
+    """Batch norm has nothing to average over in one image's 1x1 maps."""
+    if (n_data - 1) % opt.batch_size == 0 and any(list(shape[2:]) == [1, 1] for shape in shapes):
+        raise RunError(
+            f"--batch_size {opt.batch_size}: leaves one of the {n_data} training images for the last batch, and batch "
+            "norm cannot take a single one where the networks have 1x1 maps; change --batch_size or --image_size"
+        )
 
 
 def fingerprint(model: nn.Module) -> int:

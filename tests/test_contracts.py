@@ -388,6 +388,16 @@ def test_a_new_method_has_its_flags(mean, capsys):
     assert "--width WIDTH of the space in which the means are compared (mean 7)" in out
 
 
+def test_an_option_may_not_be_named_like_a_flag(monkeypatch):
+    class Clash(Distiller):
+        def __init__(self, trial: int = 3):
+            super().__init__()
+
+    monkeypatch.setitem(distiller_dict, "clash", Clash)
+    with pytest.raises(DistillError, match="method clash: its option trial is a flag of the script's own"):
+        parse_student(["--path_t", "x"])
+
+
 def test_without_it_there_is_no_flag(capsys):
     with pytest.raises(SystemExit):
         parse_student(["--path_t", "x", "--distill", "kd", "--width", "5"])

@@ -5,11 +5,12 @@ import io
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from crd.memory import ContrastMemory
+from crd.memory import ContrastMemory, draws_for
 from distiller_zoo import DistillError, create_distiller
 
 BALANCED = [c for c in range(4) for _ in range(6)]  # 24 samples, 18 of other classes
@@ -121,6 +122,40 @@ def test_pairs_of_negatives_are_uniform():
     for _, _, negative in draws(bank, n, torch.tensor([0])):
         pairs[tuple(sorted(negative))] += 1
     uniform(pairs, 15, n / 15)
+
+
+LARGE = {"equal": [c for c in range(10) for _ in range(200)], "unequal": [0] * 900 + [1] * 500 + [2] * 590 + [3] * 10}
+
+
+@pytest.mark.parametrize("labels", LARGE.values(), ids=LARGE)
+def test_few_of_many_negatives(labels):
+    """K far below the number of negatives: these are drawn in another way, of which all the same is asked."""
+    bank, n, K = memory(labels, 300, seed=6), 400, 300
+    assert bank.tries < bank.n_neg_range[1] / 2
+    for i in (0, 950, 1999):
+        other = others(labels, i)
+        idx = bank.draw(torch.full((n,), i))
+        assert idx.shape == (n, 1 + K) and (idx[:, 0] == i).all()
+        rows = idx[:, 1:].sort(1).values
+        assert (rows.diff() > 0).all() and set(rows.flatten().tolist()) <= set(other)
+        m = len(other)
+        uniform(Counter(rows.flatten().tolist()), m, n * K / m, (m - K) / (m - 1))
+        # how many come from the first third: hypergeometric, so narrower than draws with replacement
+        law = stats.hypergeom(m, m // 3, K)
+        hits = (rows < other[m // 3]).sum(1).double()
+        assert abs(float(hits.mean()) - law.mean()) < 5 * law.std() / n**0.5
+        assert abs(float(hits.var()) / law.var() - 1) < 5 * (2 / n) ** 0.5
+
+
+def test_tries_suffice():
+    """Against simulated draws: their mean, and their most by far."""
+    rng = np.random.default_rng(0)
+    for n, k in ((1000, 1), (1000, 300), (4000, 1800)):
+        needed = []
+        for _ in range(300):
+            _, first = np.unique(rng.integers(n, size=6 * n), return_index=True)
+            needed.append(np.sort(first)[k - 1] + 1)
+        assert np.mean(needed) + 8 * np.std(needed) < draws_for(k, n) < np.mean(needed) + 16 * np.std(needed) + 110
 
 
 def test_draws_of_one_batch_differ():

@@ -799,6 +799,18 @@ def test_kd_of_certain_logits():
         assert loss.isfinite() and logit.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", [name for name, stage in ALL_STAGES if stage == "main"])
+def test_least_batch(name):
+    """A smaller batch teaches nothing, one of that size does."""
+    least = distiller_dict[name].least_batch
+    for batch in {least, least - 1} - {0}:
+        g_s, g_t = features(name, "equal", batch)
+        method = build(name, g_s, g_t)
+        own_term(name, "main", method, g_s, g_t).backward()
+        moved = any(g.abs().max() > 1e-9 for g in grads_or_zeros(selected(g_s, method.feats)))
+        assert moved == (batch == least), f"{name} at {batch}"
+
+
 # Twice what the methods' own differences of near equal numbers cost in float32.
 COARSE = {"pkt": 1e-2}
 

@@ -192,6 +192,13 @@ def bad(args, said, script=train_student):
         bad(["--learning_rate", "inf"], "inf is out of range"),
         bad(["--lr_decay_epochs", "a,b"], "is not a list of epochs"),
         bad(["--batch_size", "67"], "--batch_size 67 is larger than the training set (66 images)"),
+        bad(["--batch_size", "1", "--distill", "kd", "pkt"], "--batch_size 1: pkt compares the samples of a batch, at"),
+        bad(
+            ["--batch_size", "65", "--distill", "none", "--model_s", "vgg8", "--image_size", "8"],
+            "--batch_size 65: leaves one of the 66 training images for the last batch",
+        ),
+        bad(["--distill", "fsp", "--model_s", "resnet8x4"], "method fsp: needs equal channels, the student's are [32,"),
+        bad(["--distill", "kdsvd", "--model_s", "resnet8x4"], "method kdsvd: needs equal channels, the student's are"),
         bad(["--device", "cuda:77"], "--device cuda:77"),
         bad(["--device", "tpu"], "--device tpu"),
         bad(["--trial", "a/b"], "is not a name for a folder"),
