@@ -7,6 +7,8 @@ from dataset.cifar import cifar10, cifar100
 from dataset.digits import digits
 from dataset.folder import folder
 from dataset.source import DataError, DataSource
+from dataset.stl10 import stl10
+from dataset.tinyimagenet import tinyimagenet
 
 __all__ = ["DataError", "DataSource", "dataset_dict", "load_dataset"]
 
@@ -14,6 +16,8 @@ __all__ = ["DataError", "DataSource", "dataset_dict", "load_dataset"]
 dataset_dict = {
     "cifar100": cifar100,
     "cifar10": cifar10,
+    "stl10": stl10,
+    "tinyimagenet": tinyimagenet,
     "digits": digits,
     "folder": folder,
 }

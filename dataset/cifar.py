@@ -1,17 +1,12 @@
 """CIFAR-100 and CIFAR-10, read and checked by torchvision."""
 
-import io
-import os
-import sys
 import warnings
-from contextlib import nullcontext, redirect_stderr
-from http.client import HTTPException
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from dataset.source import DataError, DataSource, resized
+from dataset.archive import fetch
+from dataset.source import DataSource, resized
 
 # Per-channel mean and standard deviation of the 50,000 training images.
 CIFAR100_MOMENTS = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -35,7 +30,7 @@ def _read(name, moments, data_folder, image_size, download, num_workers):
     try:
         sets = _open(kind, data_folder)
     except RuntimeError:  # torchvision's, for a file that is missing or has another MD5
-        _fetch(kind, data_folder, download)
+        fetch(kind, data_folder, download)
         sets = _open(kind, data_folder)
     train, test = [(resized(s.data, image_size, num_workers), np.array(s.targets, np.int64)) for s in sets]
     return DataSource(*train, *test, len(sets[0].classes), *moments, tuple(sets[0].classes))
@@ -49,24 +44,3 @@ def _open(kind, data_folder):
     for s in sets:
         s.data = np.ascontiguousarray(s.data)  # (N, 32, 32, 3), a view of (N, 3, 32, 32) until here
     return sets
-
-
-def _fetch(kind, data_folder, download):
-    """Unpack the archive, after downloading it where it is not there with the right MD5."""
-    from torchvision.datasets.utils import check_integrity, download_url, extract_archive
-
-    archive = data_folder / kind.filename
-    by_hand = f"get {kind.url} (MD5 {kind.tgz_md5}) and put it at {archive}"
-    try:
-        if not check_integrity(archive, kind.tgz_md5):
-            if not download:
-                raise DataError(f"{kind.__name__} is not in {data_folder}, or damaged, and may not download: {by_hand}")
-            data_folder.mkdir(parents=True, exist_ok=True)
-            progress = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
-            # A folder of its own: a broken download leaves nothing, and two runs do not write one file.
-            with TemporaryDirectory(dir=data_folder) as partial, progress:
-                download_url(kind.url, partial, kind.filename, kind.tgz_md5)
-                os.replace(Path(partial) / kind.filename, archive)
-        extract_archive(archive, data_folder)
-    except (OSError, RuntimeError, HTTPException) as error:
-        raise DataError(f"{kind.__name__} could not be fetched into {data_folder} ({error}): {by_hand}") from error

@@ -1,14 +1,13 @@
 """Any folder of images, one sub-folder per class."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from dataset.source import DataError, DataSource, moments, stacked
+from dataset.cache import cached
+from dataset.images import decoded
+from dataset.source import DataError, DataSource, moments
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # decoders that may run, whatever a file is called
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
 
 
@@ -37,11 +36,12 @@ def folder(data_folder: Path, image_size: int | None, download: bool, num_worker
     test_files, test_labels = _list_files(test_folder, names)
 
     size = image_size or 32
-    train_images = _decoded(train_files, size, num_workers)
-    test_images = _decoded(test_files, size, num_workers)
-    return DataSource(
-        train_images, train_labels, test_images, test_labels, len(names), *moments(train_images), tuple(names)
-    )
+
+    def read() -> DataSource:
+        train, test = decoded(train_files, size, num_workers), decoded(test_files, size, num_workers)
+        return DataSource(train, train_labels, test, test_labels, len(names), *moments(train), tuple(names))
+
+    return cached(data_folder, "folder", size, [*train_files, *test_files], read)
 
 
 def _class_names(split):
@@ -67,33 +67,3 @@ def _list_files(split, names):
 def _is_image(path, split):
     hidden = any(part.startswith(".") for part in path.relative_to(split).parts)
     return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
-
-
-def _decoded(files, size, num_workers):
-    with warnings.catch_warnings():  # set once, outside of the threads
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return stacked(lambda i: _decode(files[i], size), len(files), size, num_workers)
-
-
-def _decode(path, size):
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image = _rgb(image)
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(image)  # (size, size, 3)
-    except Exception as error:  # decoders raise a dozen kinds for a damaged file
-        raise DataError(f"cannot read the image {path} ({type(error).__name__}: {error})") from error
-
-
-def _rgb(image):
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("grey values do not fit 16 bits")
-        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point grey has no fixed white")
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")  # RGB directly warns about a palette with alpha
-    return image.convert("RGB")

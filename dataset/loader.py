@@ -12,6 +12,11 @@ from dataset.source import DataError
 PAD = 4
 
 
+def large_batch(images: np.ndarray | Tensor) -> int:
+    """Images (N, H, W, 3) of a batch without gradients: results do not depend on it, large ones are faster."""
+    return max(1, 500 * 32 * 32 // (images.shape[1] * images.shape[2]))
+
+
 def augmented(images: Tensor, dy: Tensor, dx: Tensor, flip: Tensor, pad: int = PAD) -> Tensor:
     """(B, H, W, C) windows at dy, dx of the zero-padded images, mirrored where flip is set."""
     b, h, w, c = images.shape
@@ -80,20 +85,23 @@ class DeviceLoader:
         self.epoch, self.step = epoch, step
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return map(self.batch, self.plans())
+
+    def plans(self) -> Iterator[Tensor]:
+        """What each batch to come is made of: columns of the epoch's plan."""
         step, self.step = self.step, 0
-        return self._batches(self.epoch, step)
+        return iter(self.plan(self.epoch).split(self.batch_size, dim=1)[step:])
 
-    def _batches(self, epoch, step):
-        plan = self._plan(epoch)
-        for start in range(step * self.batch_size, self.n_data, self.batch_size):
-            index, *views = plan[:, start : start + self.batch_size]  # (B,) each
-            images = self.images.index_select(0, index)
-            if self.augment:
-                images = augmented(images, *views)
-            target = self.labels.index_select(0, index)
-            yield normalised(images, self.mean, self.std, self.dtype), target, index
+    def batch(self, plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, target and index of some columns of a plan."""
+        index, *views = plan  # (B,) each
+        images = self.images.index_select(0, index)
+        if self.augment:
+            images = augmented(images, *views)
+        target = self.labels.index_select(0, index)
+        return normalised(images, self.mean, self.std, self.dtype), target, index
 
-    def _plan(self, epoch):
+    def plan(self, epoch: int) -> Tensor:
         """(4, N) order, dy, dx, flip of an epoch; (1, N) without augmentation."""
         if not self.augment:
             return torch.arange(self.n_data, device=self.device)[None]

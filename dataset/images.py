@@ -1,0 +1,43 @@
+"""Image files of any kind, decoded to RGB."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dataset.source import DataError, stacked
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # decoders that may run, whatever a file is called
+
+
+def decoded(files: Sequence[Path], size: int, num_workers: int = 0) -> np.ndarray:
+    """(N, size, size, 3) uint8 of image files, resized by Pillow's bilinear filter, which averages where it shrinks."""
+    with warnings.catch_warnings():  # set once, outside of the threads
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return stacked(lambda i: _decode(files[i], size), len(files), size, num_workers)
+
+
+def _decode(path, size):
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image = _rgb(image)
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(image)  # (size, size, 3)
+    except Exception as error:  # decoders raise a dozen kinds for a damaged file
+        raise DataError(f"cannot read the image {path} ({type(error).__name__}: {error})") from error
+
+
+def _rgb(image):
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("grey values do not fit 16 bits")
+        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point grey has no fixed white")
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA")  # RGB directly warns about a palette with alpha
+    return image.convert("RGB")
