@@ -17,6 +17,9 @@ from models.util import known_first
 
 LR = 0.05  # published; default_lr names the networks that are trained with another
 OPEN = ("gamma", "alpha", "beta")
+# where transfer_student.py differs
+PROBE = {"save_freq": 50, "epochs": 100, "lr_decay_epochs": "30,60,90", "weight_decay": 0.0}
+PROBE |= {"dataset": "stl10", "image_size": 32, "learning_rate": LR}
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,8 +78,8 @@ def epochs_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of epochs like 150,180,210") from error
 
 
-def parser_for(description: str) -> Parser:
-    """What both entry scripts take."""
+def parser_for(description: str, **defaults) -> Parser:
+    """What the entry scripts take; defaults: other ones than the published."""
     sets = "\n".join(f"  {name:<13} {(load.__doc__ or '').splitlines()[0]}" for name, load in dataset_dict.items())
     parser = Parser(
         description=description,
@@ -84,31 +87,30 @@ def parser_for(description: str) -> Parser:
         epilog=f"data sets:\n{sets}\nnetworks:\n  {' '.join(model_dict)}",
     )
     positive, share = number(int, 1), number(float, 0, 1)
+    lr = defaults.get("learning_rate") or f"{LR}; {', '.join(f'{lr} for {name}' for name, lr in default_lr.items())}"
+    size = defaults.get("image_size") or "the data set's default"
     add = parser.add_argument
     add("--print_freq", type=positive, default=100, help="steps between two readings of the losses (100)")
     add("--tb_freq", type=positive, default=500, help="steps between two training losses in TensorBoard (500)")
-    add("--save_freq", type=positive, default=40, help="epochs between two checkpoints (40)")
+    add("--save_freq", type=positive, default=40, help="epochs between two checkpoints (%(default)s)")
     add("--batch_size", type=positive, default=64, help="images per step (64)")
     add("--num_workers", type=number(int, 0), default=8, help="threads that decode image files, once at start (8)")
-    add("--epochs", type=positive, default=240, help="(240)")
-    add("--learning_rate", type=number(float, 0), help=f"({LR}; {_lr_help()})")
-    add("--lr_decay_epochs", type=epochs_list, default="150,180,210", help="epochs after which it decays (150,180,210)")
+    add("--epochs", type=positive, default=240, help="(%(default)s)")
+    add("--learning_rate", type=number(float, 0), help=f"({lr})")
+    add("--lr_decay_epochs", type=epochs_list, default="150,180,210", help="epochs after which it decays (%(default)s)")
     add("--lr_decay_rate", type=number(float, 0, 10), default=0.1, help="(0.1)")
-    add("--weight_decay", type=number(float, 0), default=5e-4, help="(5e-4)")
+    add("--weight_decay", type=number(float, 0), default=5e-4, help="(%(default)s)")
     add("--momentum", type=share, default=0.9, help="(0.9)")
-    add("--dataset", **named("data set", dataset_dict), default="cifar100", help="see below (cifar100)")
+    add("--dataset", **named("data set", dataset_dict), default="cifar100", help="see below (%(default)s)")
     add("--data_folder", type=Path, default=Path("data"), help="where the data set is or is put (./data)")
     add("--download", action=argparse.BooleanOptionalAction, default=True, help="fetch a missing data set (on)")
-    add("--image_size", type=number(int, 8, 1024), help="resize all images to this, once (the data set's own size)")
+    add("--image_size", type=number(int, 8, 1024), help=f"resize all images to this, once ({size})")
     add("--seed", type=number(int, 0), help="of initialisation, order and augmentation (the trial's number)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     add("--resume", choices=("auto", "never"), default="auto", help="go on with an unfinished run, or refuse to (auto)")
     add("--output", type=Path, default=Path("save"), help="folder of all results (./save)")
+    parser.set_defaults(**defaults)
     return parser
-
-
-def _lr_help() -> str:
-    return ", ".join(f"{lr} for {name}" for name, lr in default_lr.items())
 
 
 def parse_teacher(argv: list[str] | None = None) -> argparse.Namespace:
@@ -118,6 +120,21 @@ def parse_teacher(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", **model, default="resnet110", help="network, see below (resnet110)")
     parser.add_argument("-t", "--trial", type=trial, default="0", help="number or name of the run (0)")
     return finish(parser.parse_args(argv), "model")
+
+
+def parse_transfer(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options of transfer_student.py."""
+    parser = parser_for("Train a linear classifier on the features of a frozen student.", **PROBE)
+    add = parser.add_argument
+    add("--path_s", type=Path, metavar="FILE", required=True, help="the student's checkpoint, ours or a foreign one")
+    add("--model_s", **named("network", model_dict), help="its network (read from the file, or its folder's name)")
+    add("-t", "--trial", type=trial, default="0", help="number or name of the run (0)")
+    add(
+        "--cache_features",
+        action=argparse.BooleanOptionalAction,
+        help="compute the features of every view once and keep them (where half the free memory holds them)",
+    )
+    return finish(parser.parse_args(argv), "model_s")
 
 
 def parse_student(argv: list[str] | None = None) -> argparse.Namespace:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import argparse
 import platform
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from dataset import DataSource
-from dataset.loader import DeviceLoader
+from dataset.loader import DeviceLoader, large_batch
 from distiller_zoo import ALONE, create_distiller, method_options
 from helper.checkpoint import load_network
 from helper.log import Run
 from helper.options import plain, weights_of
+from helper.probe import Probe
 from helper.step import Track
 from helper.util import RunError, seed_all
 from models import create_model
 from models.util import feature_shapes
-
-EVAL_PIXELS = 500 * 32 * 32  # of a test batch: accuracy does not depend on it, large batches are faster
 
 
 @dataclass
@@ -65,8 +66,7 @@ def loaders(source: DataSource, opt: argparse.Namespace, device: torch.device) -
     train = DeviceLoader(
         source.train_images, source.train_labels, opt.batch_size, augment=True, flip=source.flip, seed=opt.seed, **same
     )
-    batch = max(1, EVAL_PIXELS // (source.test_images.shape[1] * source.test_images.shape[2]))
-    return train, DeviceLoader(source.test_images, source.test_labels, batch, **same)
+    return train, DeviceLoader(source.test_images, source.test_labels, large_batch(source.test_images), **same)
 
 
 def teacher_track(opt: argparse.Namespace, source: DataSource, device: torch.device) -> Track:
@@ -92,6 +92,19 @@ def student_tracks(opt: argparse.Namespace, source: DataSource, device: torch.de
     return tracks
 
 
+def transfer_track(
+    opt: argparse.Namespace, source: DataSource, device: torch.device, arch: str, student: nn.Module
+) -> Track:
+    """A new classifier for a frozen student, for transfer_student.py."""
+    origin = re.sub(r"[^\w.+-]", "_", opt.path_s.absolute().parent.name)  # not every system takes RepDistiller's ':'
+    name = f"{origin}_to_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_trial_{opt.trial}"
+    about = {"student": origin, "student_crc32": fingerprint(student)}
+    build, folder = partial(Probe, student), opt.output / "transfer" / name
+    track = make_track(ALONE, arch, folder, opt, source, device, NO_TEACHER, "transfer", build, **about)
+    track.name = arch
+    return track
+
+
 def make_track(
     method: str,
     arch: str,
@@ -101,11 +114,16 @@ def make_track(
     device: torch.device,
     teacher: Teacher,
     role: str = "student",
+    build: Callable[[int], nn.Module] | None = None,
+    **about,
 ) -> Track:
-    """A network, its method and its folder. Each is seeded by itself: nothing depends on what trains beside it."""
+    """A network, its method and its folder. Each is seeded by itself: nothing depends on what trains beside it.
+
+    build: makes the network for a number of classes, where it is not a new `arch`; about: more that config.json says.
+    """
     image_size = source.train_images.shape[1]
     seed_all(opt.seed, "model")
-    model = create_model(arch, source.n_cls)
+    model = (build or partial(create_model, arch))(source.n_cls)
     data = {"labels": source.train_labels, "n_data": len(source.train_labels), "n_cls": source.n_cls}
     for side, net in (("s", model), ("t", teacher.model)):
         if net is not None:
@@ -118,6 +136,7 @@ def make_track(
     weights = weights_of(method, opt)
     config = {
         "role": role,
+        **about,
         "method": method,
         "distilled": distiller.has_teacher,
         "arch": arch,

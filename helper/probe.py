@@ -1,0 +1,132 @@
+"""Linear probe of a frozen network, and its features computed once instead of every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dataset.loader import PAD, DeviceLoader, large_batch
+from helper.loops import progress
+from models.util import head, replace_head
+
+SIDES = 2 * PAD + 1, 2 * PAD + 1, 2  # of a view: places of the crop, mirrored or not
+
+
+class Probe(nn.Module):
+    """A frozen network with a new linear classifier, which alone is trained.
+
+    Takes images, or the network's pooled features of them (B, dim). Its state is the network's.
+    """
+
+    def __init__(self, net: nn.Module, n_cls: int):
+        super().__init__()
+        self.net = net.requires_grad_(False)
+        replace_head(net, n_cls)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        return self.net(images, is_feat=True)[0][-1]
+
+    def forward(self, x: Tensor, is_feat: bool = False, preact: bool = False):
+        f = self.features(x) if x.dim() == 4 else x
+        logit = head(self.net)(f)
+        return ([f], logit) if is_feat else logit
+
+    def train(self, mode: bool = True) -> Probe:
+        """The network keeps its batch statistics."""
+        super().train(mode)
+        self.net.eval()
+        return self
+
+    def state_dict(self, *args, **kwargs) -> dict[str, Tensor]:
+        return self.net.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state: dict[str, Tensor], *args, **kwargs):
+        return self.net.load_state_dict(state, *args, **kwargs)
+
+
+class FeatureLoader:
+    """The batches of a DeviceLoader with pooled features in place of the images.
+
+    Each view (image, crop, mirrored or not) that the given epochs show is run through the network once.
+    """
+
+    def __init__(self, loader: DeviceLoader, model: Probe, epochs: Iterable[int]):
+        self.loader, self.model = loader, model
+        self.views = torch.cat([view_of(loader.plan(epoch)) for epoch in epochs]).unique()
+        self.bank = torch.empty(0)
+
+    def size(self, dim: int) -> int:
+        """Bytes that the features will take."""
+        return 4 * dim * len(self.views)
+
+    def fill(self) -> FeatureLoader:
+        parts = self.views.split(large_batch(self.loader.images))
+        rows = len(self.loader.plan(1))
+        self.model.eval()
+        for i, views in enumerate(progress(parts, "features")):
+            f = self.model.features(self.loader.batch(plan_of(views, rows))[0])
+            if not i:
+                self.bank = f.new_empty(len(self.views), f.size(1))
+            self.bank[i * len(parts[0]) :][: len(f)] = f
+        return self
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int, step: int = 0) -> None:
+        self.loader.set_epoch(epoch, step)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for plan in self.loader.plans():
+            index = plan[0]
+            place = torch.searchsorted(self.views, view_of(plan))
+            yield self.bank.index_select(0, place), self.loader.labels.index_select(0, index), index
+
+
+def view_of(plan: Tensor) -> Tensor:
+    """(4, N) image, dy, dx, flip as one number each; (1, N) images are views themselves."""
+    view = plan[0]
+    for row, size in zip(plan[1:], SIDES, strict=False):
+        view = view * size + row
+    return view
+
+
+def plan_of(view: Tensor, rows: int) -> Tensor:
+    """The other way round."""
+    plan = []
+    for size in reversed(SIDES[: rows - 1]):
+        plan.insert(0, view % size)
+        view = view // size
+    return torch.stack([view, *plan])
+
+
+def cached(
+    train_loader: DeviceLoader, test_loader: DeviceLoader, model: Probe, epochs: range, wanted: bool | None
+) -> tuple[DeviceLoader | FeatureLoader, DeviceLoader | FeatureLoader]:
+    """Loaders of features instead of images, where wanted; if that is None, where half the free memory holds them."""
+    if wanted is False or not epochs:
+        return train_loader, test_loader
+    both = FeatureLoader(train_loader, model, epochs), FeatureLoader(test_loader, model, [1])
+    dim = head(model.net).in_features
+    size, free = sum(loader.size(dim) for loader in both), free_memory(train_loader.device)
+    if wanted is None and size > free / 2:
+        print(f"features are computed every epoch: kept they would take {size / 1e9:.1f} of {free / 1e9:.1f} GB free")
+        return train_loader, test_loader
+    count = sum(len(loader.views) for loader in both)
+    print(f"features of {count:,} views are computed once and kept, {size / 1e6:.0f} MB", flush=True)
+    return tuple(loader.fill() for loader in both)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes; where the system does not tell, as many as any machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 4e9

@@ -1,0 +1,33 @@
+"""Train a linear classifier on the features of a frozen student, on another data set."""
+
+import sys
+
+from dataset import load_dataset
+from helper.checkpoint import load_network
+from helper.loops import fit, summary
+from helper.options import parse_transfer
+from helper.probe import cached
+from helper.setup import loaders, transfer_track
+from helper.step import TrainStep
+from helper.util import choose_device, one_sentence
+
+
+@one_sentence
+def main() -> int:
+    opt = parse_transfer()
+    device = choose_device(opt.device)
+    arch, _, student, _ = load_network(opt.path_s, opt.model_s, flag="--model_s")
+    source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
+    train_loader, test_loader = loaders(source, opt, device)
+    track = transfer_track(opt, source, device, arch, student)
+    track.open(opt)
+
+    to_come = range(track.epoch + 1, opt.epochs + 1)
+    train_loader, test_loader = cached(train_loader, test_loader, track.model, to_come, opt.cache_features)
+    fit(TrainStep([track]), train_loader, test_loader, opt)
+    print(summary(track))
+    return 1 if track.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
