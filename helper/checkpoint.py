@@ -6,29 +6,45 @@ import argparse
 import io
 import os
 import pickle
+import re
+import struct
+import warnings
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from helper.util import RunError
 from models import create_model, model_dict
-from models.util import known_first
+from models.util import head, known_first
+
+FORMATS = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q", "b1": "?"}  # of numbers, numpy's and struct's
+MOST_CLASSES = 100_000  # more in a file is damage
+
+
+class Dtype:
+    """Stands for numpy.dtype while a file is read: numpy's own would take its internal flags from the file."""
+
+    def __init__(self, code: str, *_: object):
+        self.code = code
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1].replace("|", "=")
+
+
+def scalar(dtype: Dtype, data: bytes) -> float:
+    """Stands for the function that makes numpy's scalars; gives a plain number."""
+    return struct.unpack(dtype.order + FORMATS[dtype.code], data)[0]
+
 
 # What the published files hold beside tensors: their options, and learning rates and accuracies as numpy scalars.
-scalar = np.float64(0).__reduce__()[0]  # it has moved within numpy
 FOREIGN = [
     argparse.Namespace,
-    np.dtype,
-    np.dtypes.Float64DType,
-    np.dtypes.Float32DType,
+    (Dtype, "numpy.dtype"),
     (scalar, "numpy.core.multiarray.scalar"),
-    (scalar, "numpy._core.multiarray.scalar"),
+    (scalar, "numpy._core.multiarray.scalar"),  # since numpy 2
 ]
-
-MOST_CLASSES = 100_000  # more in a file is damage
 
 
 def save(path: Path, content: dict) -> None:
@@ -63,22 +79,16 @@ def load(path: str | Path) -> dict:
         # torch.load does not look at the archive's checksums: a flipped bit would pass
         if zipfile.is_zipfile(path) and (member := zipfile.ZipFile(path).testzip()):
             raise RunError(f"{path}: damaged ({member} does not match its checksum)")
-        with torch.serialization.safe_globals(FOREIGN):
+        with torch.serialization.safe_globals(FOREIGN), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickles: what can be read is read, all else is refused below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise RunError(f"{path}: refused, not a plain checkpoint of tensors: {_reason(error)}") from error
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        why = f": reading it would run code ({asked[1]})" if asked else ""
+        raise RunError(f"{path}: refused, not a plain checkpoint of tensors{why}") from error
     except RunError:
         raise
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        zipfile.BadZipFile,
-    ) as error:
+    except Exception as error:  # torch raises a dozen kinds for a damaged file
         raise RunError(f"{path}: damaged or not a checkpoint ({_reason(error)})") from error
     if not isinstance(content, dict):
         raise RunError(f"{path}: not a checkpoint but a {type(content).__name__}")
@@ -86,40 +96,55 @@ def load(path: str | Path) -> dict:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    """Its first sentence."""
+    return re.split(r"\.\s|\n", str(error).strip() or type(error).__name__)[0][:200].rstrip(".")
 
 
-def arch_of(path: Path, content: dict, arch: str | None) -> str:
+def arch_of(path: Path, content: dict, arch: str | None, flag: str = "--model_t") -> str:
     """The network of a checkpoint: as asked, as written in it, or after its folder (`wrn_40_2_vanilla`)."""
-    if arch:
-        return arch
-    if isinstance(content.get("arch"), str):
-        return content["arch"]
-    folder = path.absolute().parent.name  # not resolve(): a link in such a folder is named by it
+    opt = content.get("opt")  # RepDistiller's last checkpoints hold their options: a student's, or a teacher's
+    options = vars(opt) if isinstance(opt, argparse.Namespace) else {}
+    for name in (arch, content.get("arch"), options.get("model_s"), options.get("model")):
+        if name and isinstance(name, str):
+            return name
+    # not resolve(): a link in such a folder is named by it; RepDistiller's students are in S:<student>_T:<teacher>_...
+    folder = path.absolute().parent.name.removeprefix("S:")
     fits = [name for name in model_dict if folder == name or folder.startswith(f"{name}_")]
     if not fits:
-        raise RunError(f"{path}: no network is named in it nor by its folder '{folder}'; pass --model_t")
+        raise RunError(f"{path}: no network is named in it nor by its folder '{folder}'; pass {flag}")
     return max(fits, key=len)
 
 
-def load_network(path: str | Path, arch: str | None = None) -> tuple[str, int, nn.Module, dict]:
-    """-> (architecture, classes, network in eval mode, the rest of the file), of our checkpoints and published ones."""
-    path = Path(path)
-    content = load(path)
-    arch = arch_of(path, content, arch)
-    if arch not in model_dict:
-        raise RunError(f"{path}: its network '{arch}' is unknown; known: {', '.join(known_first(arch, model_dict))}")
-    state = content.pop("model", content)
+def state_of(path: Path, content: dict) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, or of a bare state dict, without DataParallel's prefix."""
+    state = content.get("model", content)
     if not isinstance(state, dict) or not all(isinstance(k, str) and _plain(v) for k, v in state.items()):
         raise RunError(f"{path}: holds no network weights")
-    state = {key.removeprefix("module."): value for key, value in state.items()}  # of DataParallel
+    return {key.removeprefix("module."): value.detach() for key, value in state.items()}
+
+
+def load_network(
+    path: str | Path, arch: str | None = None, flag: str = "--model_t"
+) -> tuple[str, int, nn.Module, dict]:
+    """-> (architecture, classes, network in eval mode, the rest of the file), of our checkpoints and published ones.
+
+    flag: by which the caller's user names the architecture
+    """
+    path = Path(path)
+    content = load(path)
+    arch = arch_of(path, content, arch, flag)
+    if arch not in model_dict:
+        raise RunError(f"{path}: its network '{arch}' is unknown; known: {', '.join(known_first(arch, model_dict))}")
+    state = state_of(path, content)
     model = create_model(arch, 2)
-    bias = next((state[key] for key, own in model.state_dict().items() if own.shape == (2,) and key in state), None)
+    name = next(name for name, module in model.named_modules() if module is head(model))
+    bias = state.get(f"{name}.bias")
     n_cls = len(bias) if bias is not None and bias.dim() == 1 and 0 < len(bias) <= MOST_CLASSES else 2
     model = create_model(arch, n_cls)
     _check_state(path, arch, model.state_dict(), state)
     model.load_state_dict(state)
-    return arch, n_cls, model.eval(), content
+    about = {key: value for key, value in content.items() if key != "model"} if "model" in content else {}
+    return arch, n_cls, model.eval(), about
 
 
 def _plain(value: object) -> bool:

@@ -1,0 +1,77 @@
+"""Convert a checkpoint of ours into RepDistiller's layout, or a foreign one into ours.
+
+    python scripts/convert_checkpoint.py save/models/.../resnet20_last.pth teachers
+        writes teachers/resnet20_vanilla/ckpt_epoch_240.pth, which RepDistiller's --path_t takes
+    python scripts/convert_checkpoint.py save/models/resnet56_vanilla/ckpt_epoch_240.pth resnet56.pth --dataset cifar100
+        writes a checkpoint that says what it is of, wherever it lies
+
+Weights are kept bit for bit, epoch and accuracy as numbers; an optimizer's state and options are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dataset import dataset_dict
+from helper import checkpoint
+from helper.options import Parser, named
+from helper.util import RunError, one_sentence
+from models import model_dict
+
+OURS, FOREIGN = "distillers", "repdistiller"
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", type=Path, metavar="IN", help="a checkpoint of ours, of RepDistiller or mdistiller, or a state dict")
+    add("target", type=Path, metavar="OUT", help="a file *.pth, or a folder for <network>_vanilla/ckpt_epoch_N.pth")
+    add("--to", choices=(FOREIGN, OURS), help="the layout of OUT (the one that IN does not have)")
+    add("--model", **named("network", model_dict), help="the network (read from the file, or from its folder's name)")
+    add("--dataset", **named("data set", dataset_dict), help="of a foreign network, to be noted in OUT")
+    add("--force", action="store_true", help="overwrite OUT")
+    return parser.parse_args()
+
+
+def scalars(about: dict) -> dict[str, float]:
+    """Epoch and accuracy, under the names that both layouts give them."""
+    found = {"epoch": about.get("epoch"), "accuracy": about.get("accuracy", about.get("best_acc"))}
+    found = {key: v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for key, v in found.items()}
+    return {key: value for key, value in found.items() if isinstance(value, int | float)}
+
+
+@one_sentence
+def main() -> None:
+    opt = parse()
+    arch, n_cls, _, about = checkpoint.load_network(opt.source, opt.model, flag="--model")
+    state = checkpoint.state_of(opt.source, checkpoint.load(opt.source))  # the network's own is float32 in any case
+    ours = "n_cls" in about
+    layout = opt.to or (FOREIGN if ours else OURS)
+    content = {"model": state, **scalars(about)}
+    if layout == OURS:
+        if ours:
+            raise RunError(f"{opt.source}: is a checkpoint of ours already")
+        content |= {"arch": arch, "n_cls": n_cls, **({"dataset": opt.dataset} if opt.dataset else {})}
+    elif opt.dataset:
+        raise RunError("--dataset: RepDistiller's layout has no place for it")
+
+    path = opt.target
+    if path.suffix not in (".pth", ".pt"):
+        epoch = content.get("epoch")
+        path = path / f"{arch}_vanilla" / (f"{arch}_last.pth" if epoch is None else f"ckpt_epoch_{epoch:g}.pth")
+    if path.exists() and not opt.force:
+        raise RunError(f"{path}: exists; pass --force to overwrite it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(path, content)
+    print(f"{path}: {arch}, {n_cls} classes, in the layout of {layout}")
+    if layout == FOREIGN and not f"{path.absolute().parent.name}_".startswith(f"{arch}_"):
+        print(f"note: RepDistiller takes the network's name from the folder: put the file into {arch}_vanilla")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
