@@ -26,7 +26,7 @@ from models import model_dict
 OURS, FOREIGN = "distillers", "repdistiller"
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("source", type=Path, metavar="IN", help="a checkpoint of ours, of RepDistiller or mdistiller, or a state dict")
@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
     add("--model", **named("network", model_dict), help="the network (read from the file, or from its folder's name)")
     add("--dataset", **named("data set", dataset_dict), help="of a foreign network, to be noted in OUT")
     add("--force", action="store_true", help="overwrite OUT")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def scalars(about: dict) -> dict[str, float]:

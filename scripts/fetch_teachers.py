@@ -314,7 +314,7 @@ def evaluate(names: list[str], teachers: Teachers, opt: argparse.Namespace, devi
         print(f"{name:<10}  {opt.dataset} {acc:6.2f}  published {PUBLISHED[name]:.2f}", flush=True)
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("names", **named("teacher", PUBLISHED), nargs="*", help=f"{' '.join(PUBLISHED)} (all of them)")
@@ -325,7 +325,7 @@ def parse() -> argparse.Namespace:
     add("--dataset", **named("data set", dataset_dict), default="cifar100", help="to evaluate on (cifar100)")
     add("--data_folder", type=Path, default=Path("data"), help="where the data set is or is put (./data)")
     add("--device", default="auto", help="to evaluate on: auto, cpu, cuda or cuda:N (auto)")
-    opt = parser.parse_args()
+    opt = parser.parse_args(argv)
     opt.names = list(dict.fromkeys(opt.names)) or list(PUBLISHED)
     return opt
 

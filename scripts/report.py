@@ -46,11 +46,15 @@ def align(row: tuple[str, ...], widths: list[int]) -> list[str]:
     return [name[0].ljust(name[1]), *(cell.rjust(width) for cell, width in numbers)]
 
 
-@one_sentence
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where runs are, at any depth")
-    root = parser.parse_args().folder
+    return parser.parse_args(argv)
+
+
+@one_sentence
+def main() -> None:
+    root = parse().folder
     runs = read_runs([root])
     text = table(runs)
     print(text)

@@ -10,26 +10,61 @@ import pytest
 import distiller_zoo
 import train_student
 from distiller_zoo import aliases, distiller_dict
-from helper.options import parse_student, parse_teacher, weights_of
+from helper.options import parse_student, parse_teacher, parse_transfer, weights_of
 from models import model_dict
+from scripts import benchmark, convert_checkpoint, plot_corr, plot_curves, plot_tsne, report
 
 ROOT = Path(__file__).resolve().parent.parent
-PARSERS = {"train_teacher.py": parse_teacher, "train_student.py": parse_student}
+PARSERS = {
+    "train_teacher.py": parse_teacher,
+    "train_student.py": parse_student,
+    "transfer_student.py": parse_transfer,
+    "scripts/convert_checkpoint.py": convert_checkpoint.parse,
+    "scripts/plot_corr.py": plot_corr.parse,
+    "scripts/plot_curves.py": plot_curves.parse,
+    "scripts/plot_tsne.py": plot_tsne.parse,
+    "scripts/report.py": report.parse,
+    "scripts/benchmark.py": benchmark.parse,
+}
 
 
 def commands(path):
-    """The lines of a file that call an entry script, continuations joined."""
-    text = (ROOT / path).read_text().replace("\\\n", " ").replace('"$trial"', "1")
-    found = re.findall(r"(?:python|\"\$python\") (train_\w+\.py)(.*)", text)
+    """The lines of a file that call a script of ours, continuations joined."""
+    text = (
+        (ROOT / path).read_text().replace("\\\n", " ").replace('"$trial"', "1").replace("...", "x").replace("$same", "")
+    )
+    found = re.findall(r"(?:python|\"\$python\") ([\w/]+\.py)(.*)", text)
     return [(script, shlex.split(args.split("`")[0], comments=True)) for script, args in found]
 
 
-@pytest.mark.parametrize("path", ["README.md", "scripts/run_cifar_distill.sh", "scripts/run_cifar_vanilla.sh"])
+@pytest.mark.parametrize(
+    "path",
+    ["README.md", "docs/benchmarks.md", "scripts/run_cifar_distill.sh", "scripts/run_cifar_vanilla.sh"],
+)
 def test_commands_parse(path):
     found = commands(path)
     assert found
     for script, args in found:
         PARSERS[script](args)
+
+
+def test_readme_has_what_users_look_for():
+    text, found = (ROOT / "README.md").read_text(), commands("README.md")
+    opts = [parse_student(args) for script, args in found if script == "train_student.py"]
+    said = [(opt.distill, opt.alpha) for opt in opts]
+    assert (["kd"], None) in said and (["icd"], None) in said and (["icd"], 1.0) in said
+    assert {parse_transfer(args).dataset for script, args in found if script == "transfer_student.py"} == {
+        "stl10",
+        "tinyimagenet",
+    }
+    assert {script for script, _ in found} >= PARSERS.keys() - {"scripts/benchmark.py"}
+    for shell in re.findall(r"\bsh ([\w/]+\.sh)", text):
+        assert (ROOT / shell).is_file(), shell
+    assert {"scripts/fetch_pretrained_teachers.sh", "data/get_tinyimagenet.sh", "scripts/quickstart.sh"} <= {
+        *re.findall(r"\bsh ([\w/]+\.sh)", text)
+    }
+    for paper in ("2407.11802", "2407.12073", "Contrastive Representation Distillation"):
+        assert paper in text.partition("## Papers")[2]
 
 
 def test_the_distill_script_has_every_method_with_its_published_weights():
