@@ -6,15 +6,14 @@ from dataset import load_dataset
 from helper import pretrain
 from helper.loops import fit, summary, validate
 from helper.options import parse_student
-from helper.setup import NO_TEACHER, load_teacher, loaders, student_tracks
-from helper.step import TrainStep
-from helper.util import choose_device, one_sentence
+from helper.setup import NO_TEACHER, load_teacher, loaders, start, student_tracks, train_step
+from helper.util import one_sentence
 
 
 @one_sentence
 def main() -> int:
     opt = parse_student()
-    device = choose_device(opt.device)
+    device = start(opt)
     teacher = load_teacher(opt) if opt.path_t else NO_TEACHER
     source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
     train_loader, test_loader = loaders(source, opt, device)
@@ -25,7 +24,7 @@ def main() -> int:
     if teacher.model is not None:
         print(f"teacher {teacher.arch}: test {validate(teacher.model, test_loader)['acc']:.2f}")
 
-    step = TrainStep(tracks, teacher.model, opt.kd_T)
+    step = train_step(opt, tracks, teacher.model)
     pretrain.init(step, train_loader, opt)
     fit(step, train_loader, test_loader, opt)
 

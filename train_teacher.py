@@ -5,20 +5,19 @@ import sys
 from dataset import load_dataset
 from helper.loops import fit, summary
 from helper.options import parse_teacher
-from helper.setup import loaders, teacher_track
-from helper.step import TrainStep
-from helper.util import choose_device, one_sentence
+from helper.setup import loaders, start, teacher_track, train_step
+from helper.util import one_sentence
 
 
 @one_sentence
 def main() -> int:
     opt = parse_teacher()
-    device = choose_device(opt.device)
+    device = start(opt)
     source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
     train_loader, test_loader = loaders(source, opt, device)
     track = teacher_track(opt, source, device)
     track.open(opt)
-    fit(TrainStep([track]), train_loader, test_loader, opt)
+    fit(train_step(opt, [track]), train_loader, test_loader, opt)
     print(summary(track))
     return 1 if track.failed else 0
 

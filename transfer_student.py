@@ -7,15 +7,15 @@ from helper.checkpoint import load_network
 from helper.loops import fit, summary
 from helper.options import parse_transfer
 from helper.probe import cached
-from helper.setup import loaders, transfer_track
+from helper.setup import loaders, start, transfer_track
 from helper.step import TrainStep
-from helper.util import choose_device, one_sentence
+from helper.util import one_sentence
 
 
 @one_sentence
 def main() -> int:
     opt = parse_transfer()
-    device = choose_device(opt.device)
+    device = start(opt)
     arch, _, student, _ = load_network(opt.path_s, opt.model_s, flag="--model_s")
     source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
     train_loader, test_loader = loaders(source, opt, device)

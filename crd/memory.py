@@ -80,7 +80,7 @@ class ContrastMemory(nn.Module):
 
     def _smallest_keys(self, c: Tensor, most: int) -> Tensor:
         """Where the K smallest of as many random keys stand."""
-        key = torch.rand(len(c), most, generator=self._source(), device=c.device)
+        key = torch.rand(len(c), most, generator=self.source(), device=c.device)
         if self.n_neg_range[0] < most:  # classes of unequal size
             key.masked_fill_(torch.arange(most, device=c.device) >= self.n_data - self.count[c, None], 2.0)
         return key.topk(self.K, dim=1, largest=False, sorted=False).indices
@@ -102,7 +102,7 @@ class ContrastMemory(nn.Module):
         """(B, n) independent ranks among each sample's negatives."""
         fewest, most = self.n_neg_range
         if fewest == most:
-            return torch.randint(most, (len(c), n), generator=self._source(), device=c.device)
+            return torch.randint(most, (len(c), n), generator=self.source(), device=c.device)
         return self._below((self.n_data - self.count[c])[:, None].expand(-1, n))
 
     def _positive(self, index: Tensor, c: Tensor) -> Tensor:
@@ -112,20 +112,20 @@ class ContrastMemory(nn.Module):
 
     def _below(self, high: Tensor) -> Tensor:
         """Uniform integers in [0, high)."""
-        u = torch.rand(high.shape, generator=self._source(), device=high.device, dtype=torch.float64)
+        u = torch.rand(high.shape, generator=self.source(), device=high.device, dtype=torch.float64)
         return (u * high).long()
 
-    def _source(self) -> torch.Generator:
+    def source(self) -> torch.Generator:
         device = self.memory_v1.device
         if self.generator is None or self.generator.device != device:
             self.generator = torch.Generator(device).manual_seed(self.seed)
         return self.generator
 
     def get_extra_state(self) -> Tensor:
-        return self._source().get_state()
+        return self.source().get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
-        self._source().set_state(state.cpu())
+        self.source().set_state(state.cpu())
 
 
 def draws_for(k: int, n: int) -> int:

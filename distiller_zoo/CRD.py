@@ -55,3 +55,6 @@ class CRDLoss(Distiller):
 
     def after_step(self) -> None:
         self.contrast.update(*self.last)
+
+    def generators(self) -> list[torch.Generator]:
+        return [self.contrast.source()]

@@ -19,6 +19,8 @@ class KDSVD(Distiller):
     How the first singular vectors over channels of consecutive maps relate, by a radial basis function.
     """
 
+    unrecorded = "kdsvd's eigen-decomposition waits for the device"
+
     def __init__(self, s_shapes: Shapes, t_shapes: Shapes):
         super().__init__()
         s_c, t_c = ([shape[1] for shape in shapes[self.feats]] for shapes in (s_shapes, t_shapes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,6 +34,7 @@ class Distiller(nn.Module):
     needs: tuple[str, ...] = ()  # what else forward() takes, by name: index, target, logit_s, logit_t
     weights = {"gamma": 1.0, "alpha": 0.0, "beta": 1.0}  # published; those named here can be set by -r -a -b
     has_teacher = True
+    unrecorded = ""  # why its steps cannot be recorded as a CUDA graph, if they cannot
     least_batch = 1  # samples that the term compares at least; a last batch of fewer adds a constant
 
     def forward(self, f_s, f_t, **needs: Tensor) -> Tensor | float:
@@ -41,6 +43,10 @@ class Distiller(nn.Module):
 
     def after_step(self) -> None:
         """Update memories and queues, after backward and the optimizer's step."""
+
+    def generators(self) -> list[torch.Generator]:
+        """Of the random numbers that forward() draws."""
+        return []
 
     def init_modules(self, model_s: nn.Module) -> list[nn.Module] | None:
         """Modules that a first stage trains; None if the method has no first stage."""

@@ -14,7 +14,7 @@ from helper.util import RunError, code_version, versions
 # Options that may change between two parts of one run: they change no number of it.
 FREE = {"print_freq", "tb_freq", "save_freq", "num_workers", "device", "download", "data_folder", "output", "resume"}
 # the networks from files, the method and its options are compared beside
-FREE |= {"path_t", "model_t", "path_s", "model_s", "distill", "options", "cache_features"}
+FREE |= {"path_t", "model_t", "path_s", "model_s", "distill", "options", "cache_features", "graph"}
 
 ABOUT = {"opt", "parts"}  # of a configuration: said, not compared
 

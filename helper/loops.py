@@ -28,9 +28,8 @@ def train(epoch: int, loader: Iterable, step: TrainStep, opt, stage: str = "") -
         track.meters.reset()
     if hasattr(loader, "set_epoch"):  # a plain DataLoader has none
         loader.set_epoch(epoch)
-    device = next(step.live[0].model.parameters()).device
-    for i, batch in enumerate(progress(loader, name), 1):
-        step(*on(device, batch))
+    for i, run in enumerate(progress(step.over(loader), name, len(loader)), 1):
+        run()
         if i % opt.tb_freq == 0:
             for track in step.live:
                 track.run.scalars(
@@ -42,11 +41,6 @@ def train(epoch: int, loader: Iterable, step: TrainStep, opt, stage: str = "") -
                 return
             say_step(f"{name} step {i}/{len(loader)}", step.live)
     close_failed(step, epoch)
-
-
-def on(device: torch.device, batch: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Images, labels and indices of a batch: DeviceLoader's are there already, a plain DataLoader's are not."""
-    return [tensor.to(device, non_blocking=True) for tensor in batch]
 
 
 def close_failed(step: TrainStep, epoch: int) -> None:
@@ -69,7 +63,7 @@ def validate(model: nn.Module, loader: Iterable) -> dict[str, float]:
     sums, count = 0.0, 0
     device = next(model.parameters()).device
     for batch in loader:
-        images, target, _ = on(device, batch)
+        images, target, _ = (tensor.to(device, non_blocking=True) for tensor in batch)
         logit = model(images)
         loss = F.cross_entropy(logit, target, reduction="sum").double()
         sums = sums + torch.cat([correct(logit, target), loss[None]])
@@ -138,9 +132,9 @@ def record(track: Track, epoch: int, opt, lr: float, test: dict[str, float]) -> 
     )
 
 
-def progress(loader: Iterable, name: str) -> Iterable:
+def progress(parts: Iterable, name: str, n: int | None = None) -> Iterable:
     """A bar on a terminal; nothing elsewhere, where say_step's plain lines serve."""
-    return tqdm(loader, desc=name, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    return tqdm(parts, desc=name, total=n, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
 
 def say_step(where: str, tracks: list[Track]) -> None:

@@ -16,6 +16,7 @@ from models import default_lr, model_dict
 from models.util import known_first
 
 LR = 0.05  # published; default_lr names the networks that are trained with another
+PRECISIONS = ("fp32", "bf16", "auto")
 OPEN = ("gamma", "alpha", "beta")
 # where transfer_student.py differs
 PROBE = {"save_freq": 50, "epochs": 100, "lr_decay_epochs": "30,60,90", "weight_decay": 0.0}
@@ -113,12 +114,26 @@ def parser_for(description: str, **defaults) -> Parser:
     return parser
 
 
+def add_engine_options(parser: Parser) -> None:
+    """How networks are computed."""
+    add = parser.add_argument_group("engine").add_argument
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the networks (fp32); auto: bf16 where native",
+    )
+    add("--compile", action="store_true", help="fuse the networks' kernels; pays for runs of more than some minutes")
+    add("--graph", action=argparse.BooleanOptionalAction, default=True, help="on CUDA, record whole steps (on)")
+
+
 def parse_teacher(argv: list[str] | None = None) -> argparse.Namespace:
     """Options of train_teacher.py."""
     parser = parser_for("Train one network on labels alone.")
     model = named("network", model_dict)
     parser.add_argument("--model", **model, default="resnet110", help="network, see below (resnet110)")
     parser.add_argument("-t", "--trial", type=trial, default="0", help="number or name of the run (0)")
+    add_engine_options(parser)
     return finish(parser.parse_args(argv), "model")
 
 
@@ -161,6 +176,8 @@ def parse_student(argv: list[str] | None = None) -> argparse.Namespace:
     add("-a", "--alpha", type=number(float, 0), help="weight of KD's KL term (the method's published one)")
     add("-b", "--beta", type=number(float, 0), help="weight of the method's own term (the method's published one)")
     add("--kd_T", type=number(float, 1e-3), default=4.0, help="temperature of the KL term (4)")
+    add_engine_options(parser)
+    add("--precision_t", choices=PRECISIONS, help="of the teacher (as --precision)")
     takers = add_method_options(parser)
     opt = parser.parse_args(argv)
     return finish(check_student(parser, opt, takers), "model_s")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from helper.loops import train
-from helper.step import Track, TrainStep, sgd
+from helper.step import Track, TrainStep, sgd, taken
 
 
 class InitTrack(Track):
@@ -35,10 +35,10 @@ class InitTrack(Track):
         method = self.distiller
         f_s = logit_s = None
         if self.trains_student:
-            g_s, logit_s = self.model(images, is_feat=True, preact=method.preact)
-            f_s = g_s[method.feats]
+            g_s, logit_s = self.network(images, method.preact)
+            f_s = taken(g_s, method.feats)
         g_t, _ = teacher[method.preact]
-        loss = method.init_loss(f_s, g_t[method.feats])
+        loss = method.init_loss(f_s, taken(g_t, method.feats))
         zero = torch.zeros_like(loss)
         return torch.stack([loss, zero, zero, loss]), logit_s
 
@@ -50,7 +50,8 @@ def init(step: TrainStep, loader: Iterable, opt) -> None:
     """Run the first stage of every track that has one, all against the same teacher, at a constant learning rate."""
     stages = {track: modules for track in step.tracks if (modules := track.distiller.init_modules(track.model))}
     # a track that goes on in its main stage has its first behind it
-    first = TrainStep([InitTrack(track, m, opt) for track, m in stages.items() if not track.epoch], step.teacher)
+    tracks = [InitTrack(track, m, opt) for track, m in stages.items() if not track.epoch]
+    first = TrainStep(tracks, step.teacher, engine=step.engine)
     for epoch in range(1, opt.init_epochs + 1):
         if not first.live:
             break

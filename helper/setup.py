@@ -18,13 +18,16 @@ from dataset import DataSource
 from dataset.loader import DeviceLoader, large_batch
 from distiller_zoo import ALONE, create_distiller, method_options
 from helper.checkpoint import load_network
+from helper.graph import CudaGraphs
 from helper.log import Run
 from helper.options import plain, weights_of
 from helper.probe import Probe
-from helper.step import Track
-from helper.util import RunError, seed_all
+from helper.step import Engine, Track, TrainStep
+from helper.util import RunError, choose_device, keep_buffers, native_bf16, seed_all
 from models import create_model
 from models.util import feature_shapes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -58,6 +61,26 @@ def load_teacher(opt: argparse.Namespace) -> Teacher:
     """The network of --path_t, on the CPU, before anything else is fetched or made."""
     arch, n_cls, model, about = load_network(opt.path_t, opt.model_t)
     return Teacher(arch, model.requires_grad_(False), n_cls, fingerprint(model), about, opt.path_t)
+
+
+def start(opt: argparse.Namespace) -> torch.device:
+    """What is set once for the process; -> the device. Precisions of `opt` that were left to us are chosen for it."""
+    device = choose_device(opt.device)
+    if device.type == "cpu":
+        keep_buffers()
+    best = "bf16" if native_bf16(device) else "fp32"
+    for key in ("precision", "precision_t"):
+        if getattr(opt, key, None) == "auto":
+            setattr(opt, key, best)
+    return device
+
+
+def train_step(opt: argparse.Namespace, tracks: list[Track], teacher: nn.Module | None = None) -> TrainStep:
+    """The step of these tracks, computed as the options say."""
+    device = next(tracks[0].model.parameters()).device
+    recorder = CudaGraphs if opt.graph and device.type == "cuda" else None
+    dtype_s, dtype_t = DTYPES[opt.precision], DTYPES[getattr(opt, "precision_t", None) or opt.precision]
+    return TrainStep(tracks, teacher, getattr(opt, "kd_T", 4.0), Engine(dtype_s, dtype_t, opt.compile, recorder))
 
 
 def loaders(source: DataSource, opt: argparse.Namespace, device: torch.device) -> tuple[DeviceLoader, DeviceLoader]:

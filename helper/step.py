@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataset.loader import DeviceLoader
 from distiller_zoo import Distiller, kd_loss
+from helper.graph import CudaGraphs, RecordedStep
 from helper.log import Run
 
 TERMS = ("loss", "cls", "div", "kd")  # the sum, cross-entropy, KL, the method's own; the last three unweighted
@@ -60,11 +66,44 @@ def correct(logit: Tensor, target: Tensor) -> Tensor:
     return torch.stack([hit[:, 0].sum(), hit.sum()]).double()
 
 
+@dataclass(frozen=True)
+class Engine:
+    """How networks are computed; losses, memories and the optimizer stay in float32."""
+
+    dtype_s: torch.dtype = torch.float32  # autocast's, of a student
+    dtype_t: torch.dtype = torch.float32  # of the teacher
+    compiled: bool = False
+    recorder: Callable[[torch.device], CudaGraphs] | None = None  # records whole steps, see graph.py
+
+    def network(self, model: nn.Module, dtype: torch.dtype) -> Callable:
+        """(images, preact) -> features, logits; its kernels fused by torch.compile if asked for."""
+        run = torch.compile(model) if self.compiled else model
+
+        def forward(images: Tensor, preact: bool) -> tuple[list[Tensor], Tensor]:
+            # no cache: every weight is cast once a step anyway, and a graph could not hold what the cache frees
+            with torch.autocast(images.device.type, dtype, dtype != torch.float32, cache_enabled=False):
+                g, logit = run(images, is_feat=True, preact=preact)
+            return g, widened(logit)
+
+        return forward
+
+
+def widened(f: Tensor) -> Tensor:
+    """What autocast computed in bfloat16, in float32."""
+    return f.float() if f.dtype == torch.bfloat16 else f
+
+
+def taken(g: list[Tensor], feats: int | slice) -> Tensor | list[Tensor]:
+    """What a method takes of a feature list."""
+    return [widened(f) for f in g[feats]] if isinstance(feats, slice) else widened(g[feats])
+
+
 class Track:
     """One network in training: with its method, the weights of its loss, its optimizer, meters and folder."""
 
     def __init__(self, name: str, model: nn.Module, distiller: Distiller, weights: dict[str, float], run: Run):
         self.name, self.model, self.distiller, self.run = name, model, distiller, run
+        self.network = Engine().network(model, torch.float32)
         self.weights = {"gamma": 0.0, "alpha": 0.0, "beta": 0.0, **weights}
         # whether the method has a term of its own in this stage, and so needs features
         self.own_term = type(distiller).forward is not Distiller.forward and self.weights["beta"] != 0
@@ -85,7 +124,9 @@ class Track:
         trained = [p for module in (self.model, self.distiller) for p in module.parameters() if p.requires_grad]
         self.optimizer = sgd(trained, opt.learning_rate, opt)
         if self.resumed:
+            lr = self.optimizer.param_groups[0]["lr"]
             self.optimizer.load_state_dict(self.resumed)
+            self.optimizer.param_groups[0]["lr"] = lr
 
     def state_dict(self) -> dict:
         """All that the next epochs depend on, and what has been reached."""
@@ -101,8 +142,7 @@ class Track:
             setattr(self, name, state[name])
 
     def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.optimizer.param_groups[0]["lr"].fill_(lr)
 
     def train(self) -> None:
         self.model.train()
@@ -129,14 +169,15 @@ class Track:
     def loss(self, images: Tensor, target: Tensor, index: Tensor, teacher: dict, T: float) -> tuple[Tensor, Tensor]:
         """-> (loss and its three terms (4,), logits of the student)."""
         method, w = self.distiller, self.weights
-        g_s, logit_s = self.model(images, is_feat=True, preact=method.preact and self.own_term)
+        g_s, logit_s = self.network(images, method.preact and self.own_term)
         g_t, logit_t = teacher.get(method.preact) or next(iter(teacher.values()), (None, None))
         cls = F.cross_entropy(logit_s, target)
         div = kd_loss(logit_s, logit_t, T) if w["alpha"] else torch.zeros_like(cls)
         kd = torch.zeros_like(cls)
         if self.own_term:
             known = {"index": index, "target": target, "logit_s": logit_s, "logit_t": logit_t}
-            kd = method(g_s[method.feats], g_t[method.feats], **{name: known[name] for name in method.needs})
+            f_s, f_t = taken(g_s, method.feats), taken(g_t, method.feats)
+            kd = method(f_s, f_t, **{name: known[name] for name in method.needs})
         total = w["gamma"] * cls + w["alpha"] * div + w["beta"] * kd
         return torch.stack([total, cls, div, kd]), logit_s
 
@@ -144,14 +185,40 @@ class Track:
 class TrainStep:
     """One batch: the teacher once, then every track that is still open."""
 
-    def __init__(self, tracks: list[Track], teacher: nn.Module | None = None, T: float = 4.0):
-        self.tracks, self.teacher, self.T = tracks, teacher, T
+    def __init__(
+        self, tracks: list[Track], teacher: nn.Module | None = None, T: float = 4.0, engine: Engine | None = None
+    ):
+        self.tracks, self.teacher, self.T, self.engine = tracks, teacher, T, engine or Engine()
         self.live = list(tracks)  # those in training in this epoch
+        self.recorded, self.recorded_for = None, []
+        self.network_t = teacher and self.engine.network(teacher, self.engine.dtype_t)
+        for track in tracks:
+            track.network = self.engine.network(track.model, self.engine.dtype_s)
 
     def __call__(self, images: Tensor, target: Tensor, index: Tensor) -> None:
         teacher = self.know(images)
         for track in self.live:
             track.update(images, target, index, teacher, self.T)
+
+    def over(self, loader: Iterable) -> Iterator[Callable[[], None]]:
+        """The steps of an epoch, to be run one after the other."""
+        device = next(self.live[0].model.parameters()).device
+        if not (self.engine.recorder and isinstance(loader, DeviceLoader)):
+            for batch in loader:  # a DeviceLoader's batches are on the device already, a plain DataLoader's are not
+                yield partial(self, *(tensor.to(device, non_blocking=True) for tensor in batch))
+            return
+        if self.recorded_for != self.live:  # a track has begun or ended: other steps
+            self.recorded_for = list(self.live)
+            methods = [track.distiller for track in self.live if track.own_term]
+            self.recorded = RecordedStep(
+                lambda plan: self(*loader.batch(plan)),
+                loader.batch_size,
+                [generator for method in methods for generator in method.generators()],
+                self.engine.recorder(device),
+                next((method.unrecorded for method in methods if method.unrecorded), ""),
+            )
+        for plan in loader.plans():
+            yield partial(self.recorded, plan)
 
     # not inference_mode: what autograd saves for backward (the target of a mean squared error) may not come from it
     @torch.no_grad()
@@ -160,9 +227,14 @@ class TrainStep:
         kinds = {track.distiller.preact for track in self.live if track.own_term}
         if not kinds and any(track.weights["alpha"] for track in self.live):
             kinds = {False}  # any will do for the logits
-        return {preact: self.teacher(images, is_feat=True, preact=preact) for preact in sorted(kinds)}
+        return {preact: self.network_t(images, preact) for preact in sorted(kinds)}
 
 
 def sgd(params: list[nn.Parameter], lr: float, opt) -> torch.optim.SGD:
-    """The published optimizer: momentum, and weight decay on everything that trains; one kernel for all tensors."""
+    """The published optimizer: momentum, and weight decay on everything that trains; one kernel for all tensors.
+
+    Its learning rate is a tensor, that a recorded graph reads anew at every step.
+    """
+    device = params[0].device
+    lr = torch.tensor(lr, device=device, dtype=torch.float32 if device.type == "cuda" else torch.float64)
     return torch.optim.SGD(params, lr=lr, momentum=opt.momentum, weight_decay=opt.weight_decay, fused=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import torch
 from dataset import DataError
 from distiller_zoo import DistillError
 from models.util import ModelError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT = -1, -3, 2**31 - 1  # of malloc.h; the largest buffer that is kept
 
 
 class RunError(ValueError):
@@ -64,6 +67,22 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RunError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices for this torch")
     return device
+
+
+def keep_buffers() -> bool:
+    """Let glibc keep large freed buffers, as it does with small ones; False where there is no glibc.
+
+    By default it hands them back to the kernel at once, which fills them with zeros again at the next use.
+    """
+    mallopt = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt", None)
+    return mallopt is not None and all(mallopt(option, KEPT) for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16, not only stores it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def versions() -> dict[str, str]:

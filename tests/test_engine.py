@@ -1,0 +1,339 @@
+"""The fast step equals a plain loop; recorded steps equal those that run; other precisions stay near."""
+
+import copy
+import math
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from dataset import DataSource
+from dataset.loader import DeviceLoader
+from distiller_zoo import distiller_dict, kd_loss
+from helper import graph
+from helper.loops import learning_rate, train, validate
+from helper.options import parse_student, parse_teacher
+from helper.setup import Teacher, make_track, start, train_step
+from helper.step import Engine, TrainStep, sgd
+from models import create_model
+from tests.test_contracts import calibrated
+
+METHODS = [name for name in distiller_dict if name != "kdsvd"]
+CPU = torch.device("cpu")
+
+
+def source(n=18, n_cls=5):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (n, 32, 32, 3), np.uint8), np.arange(n) % n_cls
+    names = tuple(map(str, range(n_cls)))
+    return DataSource(images, labels, images, labels, n_cls, (0.5,) * 3, (0.25,) * 3, names)
+
+
+DATA = source()
+
+
+def loader(batch_size=4, dtype=torch.float32):
+    same = {"mean": DATA.mean, "std": DATA.std, "dtype": dtype}
+    return DeviceLoader(DATA.train_images, DATA.train_labels, batch_size, augment=True, seed=3, **same)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return calibrated("resnet14", DATA, loader(18)).requires_grad_(False)
+
+
+def setting(name, teacher, tmp_path, *flags):
+    """-> options, a track of the method that has not begun."""
+    few = ["--nce_k", "6"] if name in ("crd", "rrd") else []
+    opt = parse_student(["--path_t", "x", "--distill", name, "--batch_size", "4", *few, *flags])
+    track = make_track(name, "resnet8", tmp_path, opt, DATA, CPU, Teacher("resnet14", teacher))
+    track.run = SimpleNamespace(scalars=lambda *_: None, close=lambda: None)
+    track.distiller.freeze(track.distiller.init_modules(track.model) or [])
+    track.start(opt)
+    return opt, track
+
+
+def state(track):
+    """All that a step changes, as a flat list of tensors."""
+    parts = [track.model.state_dict(), track.distiller.state_dict(), track.optimizer.state_dict()["state"]]
+    return [t for t in tree_flatten([*parts, vars(track.meters)])[0] if isinstance(t, torch.Tensor)]
+
+
+def near(a, b, rtol=1e-4, atol=1e-6):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
+
+
+# --- the fast loop and a plain one ---
+
+
+def plain_loop(track, teacher, opt, batches_of, epochs):
+    """As one would write it down: contiguous images, SGD tensor by tensor, a float learning rate."""
+    model, method = track.model.to(memory_format=torch.contiguous_format), track.distiller
+    params = [p for p in [*model.parameters(), *method.parameters()] if p.requires_grad]
+    optimizer = torch.optim.SGD(
+        params, opt.learning_rate, opt.momentum, weight_decay=opt.weight_decay, foreach=False, fused=False
+    )
+    model.train()
+    method.train()
+    for epoch in epochs:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(opt, epoch)
+        for images, target, index in batches_of(epoch):
+            images = images.contiguous()
+            g_s, logit_s = model(images, is_feat=True, preact=method.preact)
+            with torch.no_grad():
+                g_t, logit_t = teacher(images, is_feat=True, preact=method.preact)
+            known = {"index": index, "target": target, "logit_s": logit_s, "logit_t": logit_t}
+            own = method(g_s[method.feats], g_t[method.feats], **{key: known[key] for key in method.needs})
+            loss = track.weights["gamma"] * F.cross_entropy(logit_s, target) + track.weights["beta"] * own
+            loss = loss + track.weights["alpha"] * kd_loss(logit_s, logit_t, opt.kd_T)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            method.after_step()
+    momentum = [optimizer.state[p]["momentum_buffer"] for p in params]
+    return [*model.state_dict().values(), *method.state_dict().values(), *momentum]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
+def test_the_fast_loop_equals_a_plain_one(name, teacher, tmp_path):
+    """In float64, where nothing but the order of additions differs and ten steps do not amplify it to be seen."""
+    flags = ["--lr_decay_epochs", "1"]
+    opt, track = setting(name, teacher, tmp_path, *flags)
+    _, other = setting(name, teacher, tmp_path, *flags)
+    net = copy.deepcopy(teacher).double()
+    for each in (track, other):
+        each.model.double()
+        each.distiller.double()
+    step, data = train_step(opt, [track], net), loader(dtype=torch.float64)
+    for epoch in (1, 2):
+        track.set_lr(learning_rate(opt, epoch))
+        train(epoch, data, step, opt)
+
+    def batches_of(epoch):
+        data.set_epoch(epoch)
+        return list(data)
+
+    plain = plain_loop(other, net, opt, batches_of, (1, 2))
+    momentum = [track.optimizer.state[p]["momentum_buffer"] for p in track.optimizer.param_groups[0]["params"]]
+    fast = [*track.model.state_dict().values(), *track.distiller.state_dict().values(), *momentum]
+    near(fast, plain, rtol=1e-6, atol=1e-8)
+
+
+def test_a_learning_rate_that_is_filled_in_equals_a_float():
+    opt = parse_teacher(["--lr_decay_epochs", "2,3"])
+    ends = []
+    for filled in (True, False):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(size)) for size in ((300,), (7, 5), ())]
+        optimizer = sgd(params, opt.learning_rate, opt)
+        for epoch in range(1, 6):
+            lr = learning_rate(opt, epoch)
+            if filled:
+                optimizer.param_groups[0]["lr"].fill_(lr)
+            else:
+                optimizer.param_groups[0]["lr"] = lr
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.randn_like(p)
+                optimizer.step()
+        ends.append([*params, *(optimizer.state[p]["momentum_buffer"] for p in params)])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_accuracy_does_not_depend_on_the_test_batch():
+    torch.manual_seed(0)
+    rng = np.random.default_rng(1)
+    images, labels = rng.integers(0, 256, (1010, 32, 32, 3), np.uint8), rng.integers(0, 5, 1010)
+    model = create_model("resnet8", 5)
+    found = [
+        validate(model, DeviceLoader(images, labels, size, mean=DATA.mean, std=DATA.std)) for size in (1000, 32, 1010)
+    ]
+    assert found[0]["acc"] == found[1]["acc"] == found[2]["acc"]
+    assert found[0]["acc_top5"] == found[1]["acc_top5"] == 100
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
+
+
+# --- recorded steps ---
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: keeps the operations of a step and their tensors, and does the same again.
+
+    As in a graph, whatever Python computed between them (numbers, branches, attributes) stays as it was when recorded.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            raise RuntimeError(f"{func} waits for the device")
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        with torch.no_grad():
+            for func, args, kwargs, out in self.calls:
+                memory = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
+                for old, new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
+                    if old.untyped_storage().data_ptr() not in memory:  # neither a view nor in place
+                        old.copy_(new)
+
+
+def tensors(tree):
+    return [t for t in tree_flatten(tree)[0] if isinstance(t, torch.Tensor)]
+
+
+class Recorder:
+    """Stands for graph.CudaGraphs. A graph that is recorded has done nothing yet; a tape has run once."""
+
+    made = []
+
+    def __init__(self, device):
+        self.generators, self.replays = [], 0
+        Recorder.made.append(self)
+
+    def beside(self):
+        return nullcontext()
+
+    def join(self):
+        pass
+
+    def record(self, run, generators):
+        self.generators = generators
+        with Tape() as tape:
+            run()
+
+        def replay():
+            if self.replays:
+                tape.replay()
+            self.replays += 1
+
+        return replay
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    monkeypatch.setattr(Recorder, "made", [])
+    return Recorder.made
+
+
+def epochs_of(step, opt, epochs):
+    for epoch in epochs:
+        for track in step.live:
+            track.set_lr(learning_rate(opt, epoch))
+        train(epoch, loader(), step, opt)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_recorded_steps_equal_those_that_run(name, teacher, tmp_path, recorders):
+    """Bit for bit: three to warm up, one of two images in each epoch as it is, the other nine from the recording."""
+    opt, track = setting(name, teacher, tmp_path, "--lr_decay_epochs", "2")
+    _, other = setting(name, teacher, tmp_path)
+    epochs_of(TrainStep([track], teacher, engine=Engine(recorder=Recorder)), opt, (1, 2, 3))
+    epochs_of(TrainStep([other], teacher), opt, (1, 2, 3))
+    (recorder,) = recorders
+    assert recorder.replays == 9
+    assert len(recorder.generators) == (name == "crd")
+    for a, b in zip(state(track), state(other), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_step_is_recorded_again_when_a_track_ends(teacher, tmp_path, recorders):
+    opt, kd = setting("kd", teacher, tmp_path)
+    _, crd = setting("crd", teacher, tmp_path)
+    step = TrainStep([kd, crd], teacher, engine=Engine(recorder=Recorder))
+    epochs_of(step, opt, (1, 2))
+    step.live = [crd]
+    before = copy.deepcopy(state(kd))
+    epochs_of(step, opt, (3, 4))
+    assert [r.replays for r in recorders] == [5, 5]
+    assert all(torch.equal(a, b) for a, b in zip(state(kd), before, strict=True))
+    _, alone = setting("crd", teacher, tmp_path)
+    epochs_of(TrainStep([alone], teacher), opt, (1, 2, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(state(crd), state(alone), strict=True))
+
+
+def test_what_cannot_be_recorded_is_run(teacher, tmp_path, recorders, capsys, monkeypatch):
+    opt, track = setting("kdsvd", teacher, tmp_path)
+    epochs_of(TrainStep([track], teacher, engine=Engine(recorder=Recorder)), opt, (1,))
+    assert recorders[0].replays == 0 and track.meters.steps == 5
+    assert "not recorded as a graph: kdsvd's eigen-decomposition" in capsys.readouterr().out
+
+    def waits(self, f_s, f_t):
+        return (f_s[0] * float(f_t[0].mean())).mean()
+
+    monkeypatch.setattr(distiller_dict["attention"], "forward", waits)
+    opt, track = setting("attention", teacher, tmp_path)
+    epochs_of(TrainStep([track], teacher, engine=Engine(recorder=Recorder)), opt, (1, 2))
+    said = capsys.readouterr().out
+    assert said.count("not recorded as a graph") == 1 and "waits for the device" in said
+    assert recorders[1].replays == 0 and track.meters.steps == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", METHODS)
+def test_cuda_graphs_equal_eager_steps(name, teacher, tmp_path):
+    ends = []
+    for flag in ("--graph", "--no-graph"):
+        few = ["--nce_k", "6"] if name in ("crd", "rrd") else []
+        opt = parse_student(["--path_t", "x", "--distill", name, "--batch_size", "4", *few, flag])
+        device, net = torch.device("cuda"), copy.deepcopy(teacher).cuda()
+        track = make_track(name, "resnet8", tmp_path, opt, DATA, device, Teacher("resnet14", net))
+        track.run = SimpleNamespace(scalars=lambda *_: None, close=lambda: None)
+        track.start(opt)
+        step = train_step(opt, [track], net)
+        data = DeviceLoader(
+            DATA.train_images, DATA.train_labels, 4, mean=DATA.mean, std=DATA.std, augment=True, device=device
+        )
+        for epoch in (1, 2, 3):
+            train(epoch, data, step, opt)
+        assert flag == "--no-graph" or (step.recorded.replay and not step.recorded.trouble)
+        ends.append([t.cpu() for t in state(track)])
+    near(*ends, rtol=1e-3, atol=1e-4)
+
+
+# --- precision ---
+
+
+@pytest.mark.parametrize(
+    ("flags", "exact"), [([], True), (["--precision", "bf16"], False), (["--precision_t", "bf16"], False)]
+)
+@pytest.mark.parametrize("name", ["kd", "hint", "crd"])
+def test_bf16_is_near_and_leaves_float32(name, flags, exact, teacher, tmp_path):
+    opt, track = setting(name, teacher, tmp_path, *flags)
+    _, other = setting(name, teacher, tmp_path)
+    batch = next(iter(loader()))
+    terms = []
+    for t, o in ((track, opt), (other, parse_student(["--path_t", "x"]))):
+        step = train_step(o, [t], teacher)
+        step(*batch)
+        terms.append(t.meters.sums[:4] / 4)
+    assert torch.equal(*terms) == exact
+    torch.testing.assert_close(*terms, rtol=0.05, atol=0.05)
+    assert all(t.dtype in (torch.float32, torch.float64, torch.int64, torch.uint8) for t in state(track))
+    assert all(math.isfinite(float(t.double().sum())) for t in state(track))
+
+
+def test_auto_precision_is_settled_before_the_run():
+    opt = parse_student(["--path_t", "x", "--precision", "auto", "--device", "cpu"])
+    assert start(opt) == CPU
+    assert opt.precision in ("fp32", "bf16") and opt.precision_t is None
+
+
+def test_the_last_shape_is_not_taken_for_the_batch(recorders):
+    """An epoch that is entered at its short last batch: recorded are those of --batch_size."""
+    seen = []
+    step = graph.RecordedStep(lambda plan: seen.append(plan.shape[1]), 4, [], Recorder(CPU))
+    for width in (2, 4, 4, 4, 4, 4, 2):
+        step(torch.zeros(1, width, dtype=torch.int64))
+    assert recorders[0].replays == 2 and seen == [2, 4, 4, 4, 4, 2]
