@@ -5,6 +5,8 @@ from torch import Tensor
 
 from distiller_zoo.base import Distiller, pool_to_smaller
 
+EPS = 1e-12  # least norm of a channel
+
 
 class NSTLoss(Distiller):
     """Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017. https://arxiv.org/abs/1707.01219
@@ -24,12 +26,15 @@ def discrepancy(f_s: Tensor, f_t: Tensor) -> Tensor:
     (B, C_s, H, W), (B, C_t, H, W). As sum <a_i, b_j>^2 = <A^T A, B^T B>, with fewer positions than channels the
     products over positions are the smaller matrices, and the three terms are one squared distance.
     """
-    a, b = (F.normalize(f.flatten(2), dim=2) for f in (f_s, f_t))  # (B, C, H * W)
+    a, b = f_s.flatten(2), f_t.flatten(2)  # (B, C, H * W)
     if a.size(2) <= min(a.size(1), b.size(1)):
+        a, b = F.normalize(a, dim=2), F.normalize(b, dim=2)
         distance = a.transpose(1, 2) @ a / a.size(1) - b.transpose(1, 2) @ b / b.size(1)  # (B, H * W, H * W)
         return distance.square().sum((1, 2)).mean()
-    return kernel(b, b) + kernel(a, a) - 2 * kernel(a, b)
+    aa, bb, ab = (x @ y.transpose(1, 2) for x, y in ((a, a), (b, b), (a, b)))  # (B, C, C), the norms on the diagonals
+    a, b = (xx.diagonal(dim1=1, dim2=2).clamp(min=EPS**2).rsqrt() for xx in (aa, bb))  # (B, C)
+    return kernel(b, bb, b) + kernel(a, aa, a) - 2 * kernel(a, ab, b)
 
 
-def kernel(a: Tensor, b: Tensor) -> Tensor:
-    return (a @ b.transpose(1, 2)).square().mean()  # of (B, C_a, C_b)
+def kernel(a: Tensor, products: Tensor, b: Tensor) -> Tensor:
+    return (a[:, :, None] * products * b[:, None]).square().mean()

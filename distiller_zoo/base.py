@@ -89,4 +89,13 @@ class Alone(Distiller):
 def pool_to_smaller(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
     """Average-pool the larger of two maps to the height and width of the smaller."""
     size = [min(a, b) for a, b in zip(f_s.shape[2:], f_t.shape[2:], strict=True)]
-    return tuple(f if list(f.shape[2:]) == size else F.adaptive_avg_pool2d(f, size) for f in (f_s, f_t))
+    return pool(f_s, size), pool(f_t, size)
+
+
+def pool(f: Tensor, size: list[int]) -> Tensor:
+    if list(f.shape[2:]) == size:
+        return f
+    times = [divmod(a, b) for a, b in zip(f.shape[2:], size, strict=True)]
+    if any(rest for _, rest in times):
+        return F.adaptive_avg_pool2d(f, size)
+    return F.avg_pool2d(f, [n for n, _ in times])  # the same, without leaving channels_last
