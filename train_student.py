@@ -6,7 +6,7 @@ from dataset import load_dataset
 from helper import pretrain
 from helper.loops import fit, summary, validate
 from helper.options import parse_student
-from helper.setup import NO_TEACHER, load_teacher, loaders, start, student_tracks, train_step
+from helper.setup import NO_TEACHER, held_out_loader, hold_out, load_teacher, loaders, start, student_tracks, train_step
 from helper.util import one_sentence
 
 
@@ -16,6 +16,7 @@ def main() -> int:
     device = start(opt)
     teacher = load_teacher(opt) if opt.path_t else NO_TEACHER
     source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
+    source, held_out = hold_out(source, opt)
     train_loader, test_loader = loaders(source, opt, device)
     teacher.fit_for(source, device)
     tracks = student_tracks(opt, source, device, teacher)
@@ -26,7 +27,7 @@ def main() -> int:
 
     step = train_step(opt, tracks, teacher.model)
     pretrain.init(step, train_loader, opt)
-    fit(step, train_loader, test_loader, opt)
+    fit(step, train_loader, test_loader, opt, held_out_loader(held_out, source, device))
 
     for track in tracks:
         print(summary(track))

@@ -5,7 +5,7 @@ import sys
 from dataset import load_dataset
 from helper.loops import fit, summary
 from helper.options import parse_teacher
-from helper.setup import loaders, start, teacher_track, train_step
+from helper.setup import held_out_loader, hold_out, loaders, start, teacher_track, train_step
 from helper.util import one_sentence
 
 
@@ -14,10 +14,11 @@ def main() -> int:
     opt = parse_teacher()
     device = start(opt)
     source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
+    source, held_out = hold_out(source, opt)
     train_loader, test_loader = loaders(source, opt, device)
     track = teacher_track(opt, source, device)
     track.open(opt)
-    fit(train_step(opt, [track]), train_loader, test_loader, opt)
+    fit(train_step(opt, [track]), train_loader, test_loader, opt, held_out_loader(held_out, source, device))
     print(summary(track))
     return 1 if track.failed else 0
 

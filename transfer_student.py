@@ -7,7 +7,7 @@ from helper.checkpoint import load_network
 from helper.loops import fit, summary
 from helper.options import parse_transfer
 from helper.probe import cached
-from helper.setup import loaders, start, transfer_track
+from helper.setup import held_out_loader, hold_out, loaders, start, transfer_track
 from helper.step import TrainStep
 from helper.util import one_sentence
 
@@ -18,13 +18,14 @@ def main() -> int:
     device = start(opt)
     arch, _, student, _ = load_network(opt.path_s, opt.model_s, flag="--model_s")
     source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
+    source, held_out = hold_out(source, opt)
     train_loader, test_loader = loaders(source, opt, device)
     track = transfer_track(opt, source, device, arch, student)
     track.open(opt)
 
     to_come = range(track.epoch + 1, opt.epochs + 1)
     train_loader, test_loader = cached(train_loader, test_loader, track.model, to_come, opt.cache_features)
-    fit(TrainStep([track]), train_loader, test_loader, opt)
+    fit(TrainStep([track]), train_loader, test_loader, opt, held_out_loader(held_out, source, device))
     print(summary(track))
     return 1 if track.failed else 0
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import socket
 import sys
+import time
+from itertools import chain, count
 from pathlib import Path
+from typing import IO
 
 from torch import nn
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from helper import checkpoint
 from helper.util import RunError, code_version, versions
@@ -14,7 +25,7 @@ from helper.util import RunError, code_version, versions
 # Options that may change between two parts of one run: they change no number of it.
 FREE = {"print_freq", "tb_freq", "save_freq", "num_workers", "device", "download", "data_folder", "output", "resume"}
 # the networks from files, the method and its options are compared beside
-FREE |= {"path_t", "model_t", "path_s", "model_s", "distill", "options", "cache_features", "graph"}
+FREE |= {"path_t", "model_t", "path_s", "model_s", "distill", "options", "cache_features", "graph", "save_minutes"}
 
 ABOUT = {"opt", "parts"}  # of a configuration: said, not compared
 
@@ -25,15 +36,15 @@ class Run:
     def __init__(self, folder: Path, arch: str, config: dict, device: str = "cpu"):
         self.folder, self.arch, self.config, self.device = folder, arch, config, device
         self.parts: list[dict] = []  # with what the parts of a run that was cut off were done
-        self.writer = None
+        self.writer = self.lock = None
 
     def resume(self, mode: str) -> dict | None:
         """State of an earlier run of the same configuration in this folder; None if there is nothing to go on from."""
+        if mode == "never":
+            self.folder = unused(self.folder)
         path = self.folder / "config.json"
         if not path.exists():
             return None
-        if mode == "never":
-            raise RunError(f"{self.folder} already holds a run: choose another --trial or --output")
         try:
             config = json.loads(path.read_text())
             before, self.parts = comparable(config), list(config["parts"])
@@ -46,8 +57,8 @@ class Run:
         state = self.folder / "resume.pth"
         return checkpoint.load(state) if state.exists() else None
 
-    def open(self, epoch: int = 0) -> None:
-        """Make the folder, or take it up again after `epoch` epochs.
+    def open(self, epoch: int = 0, init_epoch: int = 0) -> None:
+        """Make the folder, or take it up again after so many epochs, and those of a first stage.
 
         TensorBoard is imported here: it takes a second that wrong options need not wait for.
         """
@@ -55,23 +66,26 @@ class Run:
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.folder)
             part = {"from_epoch": epoch + 1, "code": code_version(), "versions": versions(), "argv": sys.argv}
-            about = {**self.config, "parts": [*(self.parts if epoch else []), {**part, "device": self.device}]}
+            about = {
+                **self.config,
+                "parts": [*(self.parts if epoch or init_epoch else []), {**part, "device": self.device}],
+            }
             checkpoint.write(self.folder / "config.json", (json.dumps(about, indent=1) + "\n").encode())
-            self.forget_after(epoch)
+            self.forget_after(epoch, init_epoch)
             self.writer = SummaryWriter(str(self.folder))
         except OSError as error:
             raise RunError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
-    def forget_after(self, epoch: int) -> None:
+    def forget_after(self, epoch: int, init_epoch: int) -> None:
         """Drop lines of epochs that will be done again: the run was cut off before its state was saved."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             try:
                 lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
-                # a first stage's lines stay if it is not done again
-                kept = [line for line in lines if epoch and json.loads(line).get("epoch", 0) <= epoch]
-            except (ValueError, AttributeError, TypeError) as error:
+                kept = [line for line in lines if is_done(json.loads(line), epoch, init_epoch)]
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise RunError(f"{path}: damaged ({error}): choose another --trial or --output") from error
             checkpoint.write(path, "".join(kept).encode())
 
@@ -92,6 +106,7 @@ class Run:
     def save(self, name: str, model: nn.Module, epoch: int, accuracy: float) -> None:
         """A checkpoint that describes itself."""
         about = {key: self.config[key] for key in ("dataset", "n_cls", "mean", "std", "image_size", "opt")}
+        about["config_sha256"] = digest(self.config)
         state = {key: value.cpu() for key, value in model.state_dict().items()}  # readable without a GPU
         content = {"model": state, "arch": self.arch, "epoch": epoch, "accuracy": accuracy, **about}
         checkpoint.save(self.folder / f"{name}.pth", content)
@@ -103,6 +118,37 @@ class Run:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+            self.lock.close()
+
+
+def is_done(line: dict, epoch: int, init_epoch: int) -> bool:
+    return line["init_epoch"] <= init_epoch if "init_epoch" in line else line["epoch"] <= epoch
+
+
+def unused(folder: Path) -> Path:
+    """The folder if there is none of this name, or the first of folder_2, folder_3 ... ."""
+    names = chain([folder], (folder.with_name(f"{folder.name}_{n}") for n in count(2)))
+    return next(name for name in names if not name.exists())
+
+
+def lock(folder: Path) -> IO[str]:
+    """A file that is locked until it is closed, or its process ends; it says whose it is."""
+    file = open(folder / ".lock", "a+")  # noqa: SIM115  it stays open as long as the run
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunError(f"{folder} is in use by {file.read(200).strip() or 'another process'}") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
+    file.flush()
+    return file
+
+
+def digest(config: dict) -> str:
+    """Of all that the numbers of a run depend on."""
+    return hashlib.sha256(json.dumps(comparable(config), sort_keys=True).encode()).hexdigest()
 
 
 def comparable(config: dict) -> dict:

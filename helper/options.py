@@ -107,8 +107,27 @@ def parser_for(description: str, **defaults) -> Parser:
     add("--download", action=argparse.BooleanOptionalAction, default=True, help="fetch a missing data set (on)")
     add("--image_size", type=number(int, 8, 1024), help=f"resize all images to this, once ({size})")
     add("--seed", type=number(int, 0), help="of initialisation, order and augmentation (the trial's number)")
+    add(
+        "--val_split",
+        type=number(float, 0, 0.9),
+        default=0.0,
+        help="share of the training images to choose an epoch by",
+    )
+    add(
+        "--save_minutes",
+        type=number(float, 0.01),
+        default=10.0,
+        help="minutes between two saved states in an epoch (10)",
+    )
+    add("--deterministic", action="store_true", help="on CUDA, only kernels that give the same bits again (slower)")
+    add("--detect_anomaly", action="store_true", help="name the operation whose gradient is NaN (very slow)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
-    add("--resume", choices=("auto", "never"), default="auto", help="go on with an unfinished run, or refuse to (auto)")
+    add(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="go on with an unfinished run; or use a new folder (auto)",
+    )
     add("--output", type=Path, default=Path("save"), help="folder of all results (./save)")
     parser.set_defaults(**defaults)
     return parser

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from helper.loops import train
+from helper.interrupt import interrupt
+from helper.loops import deferred, train
 from helper.step import Track, TrainStep, sgd, taken
 
 
@@ -17,11 +18,19 @@ class InitTrack(Track):
 
     def __init__(self, track: Track, modules: list[nn.Module], opt):
         super().__init__(track.name, track.model, track.distiller, track.weights, track.run)
-        self.track, self.modules = track, modules
+        self.track, self.modules, self.meters, self.step = track, modules, track.meters, track.step
         self.own_term = True
         params = dict.fromkeys(p for module in modules for p in module.parameters())  # each once
         self.trains_student = any(p in params for p in track.model.parameters())
         self.optimizer = sgd(list(params), track.distiller.init_lr(track.model, opt.learning_rate), opt)
+        self.resumed = track.resumed
+        self.go_on()
+
+    def state_dict(self) -> dict:
+        """That of the track, whose first stage this is."""
+        self.track.optimizer, self.track.step, self.track.since = self.optimizer, self.step, self.since
+        self.since = time.perf_counter()
+        return self.track.state_dict()
 
     def train(self) -> None:
         self.model.eval()
@@ -49,21 +58,30 @@ class InitTrack(Track):
 def init(step: TrainStep, loader: Iterable, opt) -> None:
     """Run the first stage of every track that has one, all against the same teacher, at a constant learning rate."""
     stages = {track: modules for track in step.tracks if (modules := track.distiller.init_modules(track.model))}
-    # a track that goes on in its main stage has its first behind it
-    tracks = [InitTrack(track, m, opt) for track, m in stages.items() if not track.epoch]
+    to_do = {track: modules for track, modules in stages.items() if track.init_epoch < opt.init_epochs}
+    tracks = [InitTrack(track, modules, opt) for track, modules in to_do.items()]
     first = TrainStep(tracks, step.teacher, engine=step.engine)
-    for epoch in range(1, opt.init_epochs + 1):
-        if not first.live:
-            break
-        start = time.perf_counter()
-        train(epoch, loader, first, opt, stage="init_")
-        for track in first.live:
-            loss = track.meters.read()["loss"]
-            track.track.seconds += time.perf_counter() - start
-            track.run.scalars({"init_train_loss": loss}, epoch)
-            track.run.line({"init_epoch": epoch, "init_train_loss": round(loss, 6)})
-            print(f"first stage, epoch {epoch}/{opt.init_epochs}  {track.name:<12} loss {loss:10.4f}", flush=True)
-    for stage in first.tracks:
+    with deferred():
+        for epoch in range(1, opt.init_epochs + 1):
+            first.live = [t for t in tracks if not t.failed and t.track.init_epoch < epoch]
+            if first.live:
+                train(epoch, loader, first, opt, stage="init_")
+            for track in first.live:
+                record(track, epoch, opt)
+            interrupt.check()
+    for stage in tracks:
         stage.track.failed = stage.failed
     for track, modules in stages.items():
         track.distiller.freeze(modules)
+        if not (track.epoch or track.step) or track in to_do:  # it begins its main stage
+            track.begin()
+
+
+def record(stage: InitTrack, epoch: int, opt) -> None:
+    """An epoch's line and curve, and the state to go on from."""
+    loss = stage.meters.read()["loss"]
+    stage.track.init_epoch = epoch
+    stage.run.scalars({"init_train_loss": loss}, epoch)
+    stage.run.line({"init_epoch": epoch, "init_train_loss": round(loss, 6)})
+    stage.run.save_state(stage.state_dict())
+    print(f"first stage, epoch {epoch}/{opt.init_epochs}  {stage.name:<12} loss {loss:10.4f}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import re
 import zlib
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,11 +21,12 @@ from dataset.loader import DeviceLoader, large_batch
 from distiller_zoo import ALONE, create_distiller, method_options
 from helper.checkpoint import load_network
 from helper.graph import CudaGraphs
+from helper.interrupt import interrupt
 from helper.log import Run
 from helper.options import plain, weights_of
 from helper.probe import Probe
 from helper.step import Engine, Track, TrainStep
-from helper.util import RunError, choose_device, keep_buffers, native_bf16, seed_all
+from helper.util import RunError, choose_device, keep_buffers, native_bf16, seed_all, stream
 from models import create_model
 from models.util import feature_shapes
 
@@ -65,9 +68,15 @@ def load_teacher(opt: argparse.Namespace) -> Teacher:
 
 def start(opt: argparse.Namespace) -> torch.device:
     """What is set once for the process; -> the device. Precisions of `opt` that were left to us are chosen for it."""
+    interrupt.listen()
     device = choose_device(opt.device)
     if device.type == "cpu":
         keep_buffers()
+    torch.autograd.set_detect_anomaly(opt.detect_anomaly)
+    if opt.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch asks for
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
     best = "bf16" if native_bf16(device) else "fp32"
     for key in ("precision", "precision_t"):
         if getattr(opt, key, None) == "auto":
@@ -78,7 +87,7 @@ def start(opt: argparse.Namespace) -> torch.device:
 def train_step(opt: argparse.Namespace, tracks: list[Track], teacher: nn.Module | None = None) -> TrainStep:
     """The step of these tracks, computed as the options say."""
     device = next(tracks[0].model.parameters()).device
-    recorder = CudaGraphs if opt.graph and device.type == "cuda" else None
+    recorder = CudaGraphs if opt.graph and device.type == "cuda" and not opt.detect_anomaly else None
     dtype_s, dtype_t = DTYPES[opt.precision], DTYPES[getattr(opt, "precision_t", None) or opt.precision]
     return TrainStep(tracks, teacher, getattr(opt, "kd_T", 4.0), Engine(dtype_s, dtype_t, opt.compile, recorder))
 
@@ -90,6 +99,31 @@ def loaders(source: DataSource, opt: argparse.Namespace, device: torch.device) -
         source.train_images, source.train_labels, opt.batch_size, augment=True, flip=source.flip, seed=opt.seed, **same
     )
     return train, DeviceLoader(source.test_images, source.test_labels, large_batch(source.test_images), **same)
+
+
+def hold_out(source: DataSource, opt: argparse.Namespace) -> tuple[DataSource, tuple[np.ndarray, np.ndarray] | None]:
+    """-> (the set without --val_split's share of every class's training images, those images and labels or None)."""
+    if not opt.val_split:
+        return source, None
+    order = np.random.default_rng(stream(opt.seed, "val_split")).permutation(len(source.train_labels))
+    order = order[np.argsort(source.train_labels[order], kind="stable")]  # random within each class
+    counts = np.bincount(source.train_labels, minlength=source.n_cls)
+    taken = [round(opt.val_split * n) for n in counts]
+    if not any(taken) or any(n and n == of for n, of in zip(taken, counts, strict=True)):
+        raise RunError(f"--val_split {opt.val_split:g}: leaves a class without training images, or holds out none")
+    rank = np.arange(len(order)) - np.repeat(counts.cumsum() - counts, counts)
+    held = rank < np.repeat(taken, counts)
+    kept, held = np.sort(order[~held]), np.sort(order[held])
+    images, labels = source.train_images, source.train_labels
+    return source._replace(train_images=images[kept], train_labels=labels[kept]), (images[held], labels[held])
+
+
+def held_out_loader(held_out, source: DataSource, device: torch.device) -> DeviceLoader | None:
+    """Batches of what hold_out() held out."""
+    if held_out is None:
+        return None
+    same = {"mean": source.mean, "std": source.std, "device": device, "n_cls": source.n_cls}
+    return DeviceLoader(*held_out, large_batch(held_out[0]), **same)
 
 
 def teacher_track(opt: argparse.Namespace, source: DataSource, device: torch.device) -> Track:

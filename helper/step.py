@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,24 @@ from dataset.loader import DeviceLoader
 from distiller_zoo import Distiller, kd_loss
 from helper.graph import CudaGraphs, RecordedStep
 from helper.log import Run
+from helper.util import RunError
 
 TERMS = ("loss", "cls", "div", "kd")  # the sum, cross-entropy, KL, the method's own; the last three unweighted
 
 
-REACHED = ("epoch", "last", "best", "best_epoch", "seconds")
+# where a track is: epochs of the first stage and of the main one that are done, steps of the next; and what it reached
+REACHED = (
+    "init_epoch",
+    "epoch",
+    "step",
+    "last",
+    "best",
+    "best_epoch",
+    "chosen",
+    "chosen_val",
+    "chosen_epoch",
+    "seconds",
+)
 
 
 class Meters:
@@ -29,22 +43,28 @@ class Meters:
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
         self.bad_step = torch.zeros((), dtype=torch.int64, device=device)  # first with a non-finite loss; 0: none
-        self.bad_terms = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
+        self.bad_terms = torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)  # ... and the gradient's norm
 
     def reset(self) -> None:
         for tensor in vars(self).values():
             tensor.zero_()
 
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in vars(self).items():
+            tensor.copy_(state[name])
+
     @torch.no_grad()
-    def update(self, terms: Tensor, logit: Tensor | None, target: Tensor) -> None:  # (4,), (B, n_cls), (B,)
+    def update(self, terms: Tensor, norm: Tensor, logit: Tensor | None, target: Tensor) -> None:
+        """terms (4,), norm of the gradient (), logit (B, n_cls), target (B,)"""
         terms = terms.double()
         hits = terms.new_zeros(2) if logit is None else correct(logit, target)
         self.steps += 1
         self.count += len(target)
         self.sums += torch.cat([terms * len(target), hits])
-        first = ~terms[0].isfinite() & (self.bad_step == 0)
+        found = torch.cat([terms, norm[None].double()])
+        first = ~(terms[0].isfinite() & norm.isfinite()) & (self.bad_step == 0)
         self.bad_step.copy_(torch.where(first, self.steps, self.bad_step))
-        self.bad_terms.copy_(torch.where(first, terms, self.bad_terms))
+        self.bad_terms.copy_(torch.where(first, found, self.bad_terms))
 
     def read(self) -> dict[str, float]:
         """Mean loss and terms, top-1 and top-5 in percent. Waits for the device."""
@@ -52,12 +72,14 @@ class Meters:
         return {**dict(zip(TERMS, terms, strict=True)), "acc": 100 * top1, "acc_top5": 100 * top5}
 
     def trouble(self) -> str:
-        """Where the loss first was not finite, or ''. Waits for the device."""
+        """Where loss or gradient first were not finite, or ''. Waits for the device."""
         step = int(self.bad_step)
         if not step:
             return ""
-        values = ", ".join(f"{name} {value:.4g}" for name, value in zip(TERMS, self.bad_terms.tolist(), strict=True))
-        return f"step {step}: the loss is not finite ({values})"
+        *terms, norm = self.bad_terms.tolist()
+        values = ", ".join(f"{name} {value:.4g}" for name, value in zip(TERMS, terms, strict=True))
+        what = f"gradient is not finite (norm {norm:.4g}; " if math.isfinite(terms[0]) else "loss is not finite ("
+        return f"step {step}: the {what}{values})"
 
 
 def correct(logit: Tensor, target: Tensor) -> Tensor:
@@ -109,20 +131,31 @@ class Track:
         self.own_term = type(distiller).forward is not Distiller.forward and self.weights["beta"] != 0
         self.meters = Meters(next(model.parameters()).device)
         self.optimizer: torch.optim.Optimizer | None = None
-        self.epoch = 0  # epochs done
+        self.init_epoch = self.epoch = self.step = 0
         self.last, self.best, self.best_epoch, self.seconds = 0.0, 0.0, 0, 0.0
+        self.chosen, self.chosen_val, self.chosen_epoch = 0.0, -1.0, 0  # by held-out images, with --val_split
+        self.since = time.perf_counter()  # when `seconds` was read
         self.failed = ""  # why it was closed
         self.resumed: dict | None = None  # state of the optimizer to go on with
 
     def open(self, opt) -> None:
         """Take up its folder, unless all is done already."""
         if self.epoch < opt.epochs:
-            self.run.open(self.epoch)
+            self.run.open(self.epoch, self.init_epoch)
 
     def start(self, opt) -> None:
         """Its optimizer, over all that still trains."""
         trained = [p for module in (self.model, self.distiller) for p in module.parameters() if p.requires_grad]
         self.optimizer = sgd(trained, opt.learning_rate, opt)
+        self.go_on()
+
+    def begin(self) -> None:
+        """Leave nothing of a first stage to the main one."""
+        self.resumed, self.step = None, 0
+        self.meters.reset()
+
+    def go_on(self) -> None:
+        """Take the optimizer's state of an earlier part of the run; its learning rate stays that of the options."""
         if self.resumed:
             lr = self.optimizer.param_groups[0]["lr"]
             self.optimizer.load_state_dict(self.resumed)
@@ -130,16 +163,27 @@ class Track:
 
     def state_dict(self) -> dict:
         """All that the next epochs depend on, and what has been reached."""
+        self.tick()
         parts = {name: getattr(self, name).state_dict() for name in ("model", "distiller", "optimizer")}
-        return {**parts, **{name: getattr(self, name) for name in REACHED}}
+        return {**parts, "meters": vars(self.meters), **{name: getattr(self, name) for name in REACHED}}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from an earlier state; the optimizer's waits for start(), as parameters may be frozen before."""
         self.model.load_state_dict(state["model"])
         self.distiller.load_state_dict(state["distiller"])
         self.resumed = state["optimizer"]
+        self.meters.load(state["meters"])
         for name in REACHED:
+            kind = type(getattr(self, name))
+            if type(state[name]) is not kind:
+                raise TypeError(f"{name} is not of type {kind.__name__}")
             setattr(self, name, state[name])
+
+    def tick(self) -> None:
+        """Count the time since it was counted last."""
+        now = time.perf_counter()
+        self.seconds += now - self.since
+        self.since = now
 
     def set_lr(self, lr: float) -> None:
         self.optimizer.param_groups[0]["lr"].fill_(lr)
@@ -157,10 +201,19 @@ class Track:
         """One step of this network. teacher: {preact: (features, logits)}; empty if no track asks for it."""
         terms, logit_s = self.loss(images, target, index, teacher, T)
         self.optimizer.zero_grad(set_to_none=True)
-        terms[0].backward()
+        self.backward(terms[0])
+        norm = gradient_norm(self.optimizer)
         self.optimizer.step()
         self.after_step()
-        self.meters.update(terms, logit_s, target)
+        self.meters.update(terms, norm, logit_s, target)
+
+    def backward(self, loss: Tensor) -> None:
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if torch.is_anomaly_enabled():  # PyTorch has warned of where the operation was called
+                raise RunError(f"--detect_anomaly: {self.name}, step {self.step + 1}: {error}") from error
+            raise
 
     def after_step(self) -> None:
         if self.own_term:
@@ -182,6 +235,11 @@ class Track:
         return torch.stack([total, cls, div, kd]), logit_s
 
 
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return torch.stack(torch._foreach_norm(grads)).norm()
+
+
 class TrainStep:
     """One batch: the teacher once, then every track that is still open."""
 
@@ -190,6 +248,7 @@ class TrainStep:
     ):
         self.tracks, self.teacher, self.T, self.engine = tracks, teacher, T, engine or Engine()
         self.live = list(tracks)  # those in training in this epoch
+        self.running = self.live  # those of them that have not done the present step yet
         self.recorded, self.recorded_for = None, []
         self.network_t = teacher and self.engine.network(teacher, self.engine.dtype_t)
         for track in tracks:
@@ -197,35 +256,47 @@ class TrainStep:
 
     def __call__(self, images: Tensor, target: Tensor, index: Tensor) -> None:
         teacher = self.know(images)
-        for track in self.live:
+        for track in self.running:
             track.update(images, target, index, teacher, self.T)
 
-    def over(self, loader: Iterable) -> Iterator[Callable[[], None]]:
-        """The steps of an epoch, to be run one after the other."""
+    def over(self, loader: Iterable, first: int = 0) -> Iterator[int]:
+        """Do the steps of an epoch, of which `first` are done; yields the number that are done after each.
+
+        A run that was cut off may have left tracks at different steps: each joins in where it stopped.
+        """
         device = next(self.live[0].model.parameters()).device
-        if not (self.engine.recorder and isinstance(loader, DeviceLoader)):
-            for batch in loader:  # a DeviceLoader's batches are on the device already, a plain DataLoader's are not
-                yield partial(self, *(tensor.to(device, non_blocking=True) for tensor in batch))
+        recorded = self.engine.recorder and isinstance(loader, DeviceLoader)
+        for i, given in enumerate(loader.plans() if recorded else loader, first):
+            self.running = [track for track in self.live if track.step <= i]
+            if recorded:
+                self._record_for(loader, device)
+                self.recorded(given)
+            else:  # a DeviceLoader's batches are on the device already, a plain DataLoader's are not
+                self(*(tensor.to(device, non_blocking=True) for tensor in given))
+            for track in self.running:
+                track.step = i + 1
+            yield i + 1
+
+    def _record_for(self, loader: DeviceLoader, device: torch.device) -> None:
+        """A new recording if a track has joined or ended."""
+        if self.recorded_for == self.running:
             return
-        if self.recorded_for != self.live:  # a track has begun or ended: other steps
-            self.recorded_for = list(self.live)
-            methods = [track.distiller for track in self.live if track.own_term]
-            self.recorded = RecordedStep(
-                lambda plan: self(*loader.batch(plan)),
-                loader.batch_size,
-                [generator for method in methods for generator in method.generators()],
-                self.engine.recorder(device),
-                next((method.unrecorded for method in methods if method.unrecorded), ""),
-            )
-        for plan in loader.plans():
-            yield partial(self.recorded, plan)
+        self.recorded_for = self.running
+        methods = [track.distiller for track in self.running if track.own_term]
+        self.recorded = RecordedStep(
+            lambda plan: self(*loader.batch(plan)),
+            loader.batch_size,
+            [generator for method in methods for generator in method.generators()],
+            self.engine.recorder(device),
+            next((method.unrecorded for method in methods if method.unrecorded), ""),
+        )
 
     # not inference_mode: what autograd saves for backward (the target of a mean squared error) may not come from it
     @torch.no_grad()
     def know(self, images: Tensor) -> dict[bool, tuple[list[Tensor], Tensor]]:
         """What the teacher says of a batch: once for each kind of features (preact or not) that is asked for."""
-        kinds = {track.distiller.preact for track in self.live if track.own_term}
-        if not kinds and any(track.weights["alpha"] for track in self.live):
+        kinds = {track.distiller.preact for track in self.running if track.own_term}
+        if not kinds and any(track.weights["alpha"] for track in self.running):
             kinds = {False}  # any will do for the logits
         return {preact: self.network_t(images, preact) for preact in sorted(kinds)}
 

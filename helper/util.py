@@ -15,6 +15,7 @@ import torch
 
 from dataset import DataError
 from distiller_zoo import DistillError
+from helper.interrupt import EXIT, Interrupted, interrupt
 from models.util import ModelError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT = -1, -3, 2**31 - 1  # of malloc.h; the largest buffer that is kept
@@ -27,19 +28,28 @@ class RunError(ValueError):
 def one_sentence(main: Callable[[], int | None]) -> Callable[[], int]:
     """Let `main` end a run that cannot be done with one sentence and exit code 2, not a traceback."""
 
+    def say(what: object) -> None:
+        print(f"{Path(sys.argv[0]).name}: {what}", file=sys.stderr)
+
+    def caught() -> int:
+        try:
+            return main() or 0
+        except (RunError, DataError, DistillError, ModelError, OSError) as error:  # OSError: a full disk, for one
+            say(error)
+            return 2
+        except KeyboardInterrupt:
+            say("interrupted")
+            return 130
+        finally:
+            interrupt.forget()
+
     @functools.wraps(main)
     def wrapped() -> int:
         try:
-            return main() or 0
-        except (RunError, DataError, DistillError, ModelError) as error:
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-            return 2
-        except OSError as error:  # a full disk, a folder that may not be written
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-            return 130
+            return caught()
+        except Interrupted as error:  # at any moment, so around all else
+            say(f"{error}: stopped; the same command goes on")
+            return EXIT
 
     return wrapped
 

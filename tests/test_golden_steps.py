@@ -24,7 +24,7 @@ RTOL = {"crd": 1e-7}
 class Batches(list):
     """A loader of fixed batches."""
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch, step=0):
         self.epoch = epoch
 
 

@@ -60,8 +60,9 @@ def test_what_a_teacher_leaves(teacher):
     left = {path.name for path in teacher.iterdir()}
     assert {"config.json", "metrics.jsonl", "resnet8_best.pth", "resnet8_last.pth", "ckpt_epoch_1.pth"} <= left
     assert any(name.startswith("events.out.tfevents") for name in left)
-    assert not any(name.startswith(".") for name in left)  # no temporary files
+    assert {name for name in left if name.startswith(".")} == {".lock"}  # no temporary files
     saved = torch.load(teacher / "resnet8_last.pth", weights_only=True)
+    assert len(saved["config_sha256"]) == 64
     assert saved["arch"] == "resnet8" and saved["n_cls"] == 3 and saved["epoch"] == 2 and saved["dataset"] == "folder"
     assert len(saved["mean"]) == 3 and saved["opt"]["learning_rate"] == 0.05
     (part,) = json.loads((teacher / "config.json").read_text())["parts"]
@@ -303,8 +304,12 @@ def test_stages_must_match(data, tmp_path, monkeypatch, capsys):
 def test_a_run_is_never_overwritten(data, teacher, monkeypatch, capsys):
     again = [*data, *TEACHER, "--output", teacher.parent.parent]
     before = {path: path.read_bytes() for path in teacher.iterdir()}
-    code, _, err = call(train_teacher, [*again, "--resume", "never"], monkeypatch, capsys)
-    assert code == 2 and "already holds a run" in err
+    code, out, _ = call(train_teacher, [*again, "--resume", "never"], monkeypatch, capsys)
+    second = teacher.with_name(f"{teacher.name}_2")
+    assert code == 0 and str(second) in out
+    ends = [checkpoint.load(folder / "resnet8_last.pth") for folder in (teacher, second)]
+    assert all(torch.equal(value, ends[1]["model"][key]) for key, value in ends[0]["model"].items())
+    assert ends[0]["config_sha256"] == ends[1]["config_sha256"]
     code, _, err = call(train_teacher, [*again, "--epochs", "3", "--momentum", "0.5"], monkeypatch, capsys)
     assert code == 2 and "epochs: 2 there, 3 here; " in err and "momentum: 0.9 there, 0.5 here" in err
     code, out, _ = call(train_teacher, again, monkeypatch, capsys)  # a finished run is left as it is
