@@ -21,23 +21,30 @@ from scripts.plot_curves import curves
 
 
 def table(runs: list[dict]) -> str:
-    """One row a run."""
-    rows = [("network and method", "last", "best", "at epoch", "parameters", "seconds")]
-    for run in runs:
-        last = run["epochs"][-1]
-        best = max(run["epochs"], key=lambda line: line["test_acc"])  # the first of equals
-        row = (
-            run["name"],
-            f"{last['test_acc']:.2f}",
-            f"{best['test_acc']:.2f}",
-            f"{best['epoch']} of {last['epoch']}",
-            f"{run['params']:,}",
-            f"{last['seconds']:.0f}",
-        )
-        rows.append(row)
+    """One row a run; with a column for runs that held out images to choose an epoch by, if there are any."""
+    head = ("network and method", "last", "best", "at epoch", "chosen", "parameters", "seconds")
+    rows = [head, *map(cells, runs)]
+    if all(row[4] == "-" for row in rows[1:]):
+        rows = [row[:4] + row[5:] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, tuple("-" * width for width in widths))
     return "\n".join("| " + " | ".join(align(row, widths)) + " |" for row in rows)
+
+
+def cells(run: dict) -> tuple[str, ...]:
+    last = run["epochs"][-1]
+    best = max(run["epochs"], key=lambda line: line["test_acc"])  # the first of equals
+    held_out = [line for line in run["epochs"] if isinstance(line.get("val_acc"), float)]
+    chosen = max(held_out, key=lambda line: line["val_acc"]) if held_out else None
+    return (
+        run["name"],
+        f"{last['test_acc']:.2f}",
+        f"{best['test_acc']:.2f}",
+        f"{best['epoch']} of {last['epoch']}",
+        f"{chosen['test_acc']:.2f}" if chosen else "-",
+        f"{run['params']:,}",
+        f"{last['seconds']:.0f}",
+    )
 
 
 def align(row: tuple[str, ...], widths: list[int]) -> list[str]:

@@ -1,0 +1,216 @@
+"""How a run ends when something goes wrong, and what it does not do: lose, overwrite, choose by test images."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_student
+import train_teacher
+from dataset import DataSource
+from distiller_zoo import Alone, distiller_dict
+from helper import checkpoint
+from helper.interrupt import EXIT
+from helper.options import parse_teacher
+from helper.setup import hold_out
+from helper.util import RunError
+from models import create_model
+from scripts import pictures, report
+from tests.test_scripts import call
+
+ROOT = Path(__file__).resolve().parents[2]
+SAME = ["--batch_size", "16", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def data(image_folder):
+    return [*SAME, "--dataset", "folder", "--data_folder", str(image_folder)]
+
+
+@pytest.fixture(scope="module")
+def path_t(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("net") / "resnet8_vanilla" / "x.pth"
+    path.parent.mkdir()
+    torch.save(create_model("resnet8", 3).state_dict(), path)
+    return ["--path_t", str(path)]
+
+
+def folder_of(out, method="none"):
+    (found,) = (p.parent for p in Path(out).rglob("config.json") if json.loads(p.read_text())["method"] == method)
+    return found
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- two runs, one folder ---
+
+
+def test_the_second_run_says_who_has_the_folder(data, tmp_path):
+    command = [sys.executable, str(ROOT / "train_teacher.py"), *data, "--model", "resnet8", "--output", str(tmp_path)]
+    first = subprocess.Popen(
+        [*command, "--epochs", "500"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while not any(tmp_path.rglob("metrics.jsonl")):
+            assert first.poll() is None
+            time.sleep(0.02)
+        second = subprocess.run([*command, "--epochs", "500"], capture_output=True, text=True)
+        assert second.returncode == 2 and second.stderr.count("\n") == 1
+        assert f"is in use by process {first.pid} on " in second.stderr
+        assert first.poll() is None
+    finally:
+        first.send_signal(signal.SIGTERM)
+        _, said = first.communicate()
+    assert first.returncode == EXIT and said == "train_teacher.py: SIGTERM: stopped; the same command goes on\n"
+    third = subprocess.Popen([*command, "--epochs", "500"], stdout=subprocess.PIPE, text=True)  # nobody has it now
+    assert "epochs are done already" in third.stdout.readline()
+    third.send_signal(signal.SIGINT)
+    third.communicate()
+    assert third.returncode == EXIT
+
+
+# --- not finite ---
+
+
+class Burst(Alone):
+    """A loss or a gradient that is not finite at the third step."""
+
+    weights = {"gamma": 1.0, "beta": 1.0}
+    feats, has_teacher, what, seen = -1, True, "loss", 0
+
+    def forward(self, f_s, f_t):
+        type(self).seen += 1
+        x = f_s.mean() * 0
+        if self.seen != 3:
+            return x
+        return x + torch.inf if self.what == "loss" else x.square().sqrt()  # of which the derivative at 0 is NaN
+
+
+@pytest.fixture(params=["loss", "gradient"])
+def burst(request, monkeypatch):
+    monkeypatch.setitem(distiller_dict, "burst", type("Burst", (Burst,), {"what": request.param}))
+    return request.param
+
+
+def test_a_track_that_is_not_finite_ends_and_the_others_go_on(burst, data, path_t, tmp_path, monkeypatch, capsys):
+    args = [*data, *path_t, "--distill", "burst", "none", "--epochs", "2", "--output", tmp_path, "--print_freq", "1"]
+    code, out, err = call(train_student, args, monkeypatch, capsys)
+    assert code == 1
+    assert f"burst: stopped, epoch 1, step 3: the {burst} is not finite (" in err and "Traceback" not in err
+    assert all(f"{term} " in err for term in ("loss", "cls", "div", "kd"))
+    assert "burst: failed, epoch 1, step 3" in out and "none: last " in out
+    assert [line["epoch"] for line in lines_of(folder_of(tmp_path))] == [1, 2]
+    broken = folder_of(tmp_path, "burst")
+    assert not (broken / "resume.pth").exists() and not list(broken.glob("*.pth"))
+
+
+def test_the_last_good_state_is_kept(data, path_t, tmp_path, monkeypatch, capsys):
+    """Not finite in the second epoch: what the first has left stands."""
+    monkeypatch.setitem(distiller_dict, "burst", type("Burst", (Burst,), {"what": "gradient", "seen": -5}))
+    args = [*data, *path_t, "--distill", "burst", "--epochs", "3", "--output", tmp_path, "--save_minutes", "0.01"]
+    code, _, err = call(train_student, args, monkeypatch, capsys)
+    assert code == 1 and "epoch 2, step 3: the gradient is not finite (norm nan" in err
+    folder = folder_of(tmp_path, "burst")
+    assert [line["epoch"] for line in lines_of(folder)] == [1]
+    assert checkpoint.load(folder / "resume.pth")["epoch"] == 1
+    for path in folder.glob("*.pth"):
+        content = checkpoint.load(path)
+        assert all(value.isfinite().all() for value in content["model"].values())
+
+
+def test_detect_anomaly_names_the_operation(data, path_t, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(distiller_dict, "burst", type("Burst", (Burst,), {"what": "gradient"}))
+    args = [*data, *path_t, "--distill", "burst", "--epochs", "1", "--output", tmp_path, "--detect_anomaly"]
+    try:
+        with pytest.warns(UserWarning, match=r"Error detected in \w+Backward0"):
+            code, _, err = call(train_student, args, monkeypatch, capsys)
+    finally:
+        torch.autograd.set_detect_anomaly(False)
+    assert code == 2 and "--detect_anomaly: burst, step 3: Function '" in err and "returned nan values" in err
+    assert "Traceback" not in err
+
+
+# --- honest accuracy ---
+
+
+def source(n=60, n_cls=3):
+    images = np.arange(n, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+    labels = np.arange(n) % n_cls
+    return DataSource(images, labels, images[:5], labels[:5], n_cls, (0.5,) * 3, (0.5,) * 3, tuple("abc"))
+
+
+def test_held_out_images_are_a_share_of_every_class():
+    whole = source()
+    kept, (images, labels) = hold_out(whole, parse_teacher(["--val_split", "0.1"]))
+    assert np.bincount(labels).tolist() == [2, 2, 2] and np.bincount(kept.train_labels).tolist() == [18] * 3
+    both = np.concatenate([images, kept.train_images])
+    assert sorted(both[:, 0, 0, 0]) == list(range(60))  # each image on one side
+    assert (images[:, 0, 0, 0] % 3 == labels).all() and (kept.train_images[:, 0, 0, 0] % 3 == kept.train_labels).all()
+    again = hold_out(whole, parse_teacher(["--val_split", "0.1"]))[1][0]
+    other = hold_out(whole, parse_teacher(["--val_split", "0.1", "--trial", "1"]))[1][0]
+    assert (again == images).all() and (other != images).any()
+    assert hold_out(whole, parse_teacher([])) == (whole, None)
+    with pytest.raises(RunError, match=r"--val_split 0\.01"):
+        hold_out(whole, parse_teacher(["--val_split", "0.01"]))
+
+
+def test_an_epoch_is_chosen_by_images_held_out(data, tmp_path, monkeypatch, capsys):
+    args = [*data, "--model", "resnet8", "--epochs", "4", "--output", tmp_path, "--val_split", "0.3"]
+    code, out, _ = call(train_teacher, args, monkeypatch, capsys)
+    folder = folder_of(tmp_path)
+    lines = lines_of(folder)
+    best = max(lines, key=lambda line: line["val_acc"])  # the first of equals
+    assert code == 0 and f"chosen by held-out images {best['test_acc']:.2f} (epoch {best['epoch']})" in out
+    assert lines[-1]["chosen_acc"] == pytest.approx(best["test_acc"], abs=1e-4)
+    assert checkpoint.load(folder / "resnet8_chosen.pth")["epoch"] == best["epoch"]
+    table = report.table(pictures.read_runs([tmp_path]))
+    assert "| chosen |" in table and f" {best['test_acc']:.2f} |" in table.splitlines()[-1]
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["n_train"], config["n_test"]) == (45, 12)
+
+
+# --- files ---
+
+
+def test_a_folder_that_may_not_be_written_is_named(data, tmp_path, monkeypatch, capsys):
+    blocked = tmp_path / "save"
+    blocked.write_text("a file where the folder would be")
+    code, _, err = call(train_teacher, [*data, "--model", "resnet8", "--output", blocked], monkeypatch, capsys)
+    assert code == 2 and str(blocked) in err and err.count("\n") == 1
+
+
+def test_a_disk_that_fills_up_leaves_the_last_state(data, tmp_path):
+    """Files may not grow beyond the limit: the first epoch's fit, the next run's do not. Nothing that was is lost."""
+    args = [*data, "--model", "resnet8", "--epochs", "3", "--output", str(tmp_path / "cut")]
+    code = (
+        "import resource, runpy, sys; from helper.log import Run; save = Run.save_state\n"
+        "def then_full(self, state):\n"
+        "    save(self, state)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "Run.save_state = then_full\n"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    full = subprocess.run(
+        [sys.executable, "-c", code, "train_teacher.py", *args], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert full.returncode == 2 and "cannot be written" in full.stderr and "Traceback" not in full.stderr
+    folder = folder_of(tmp_path / "cut")
+    assert checkpoint.load(folder / "resume.pth")["epoch"] == 1 and not list(folder.glob("*.tmp"))
+    whole = tmp_path / "whole"
+    command = [sys.executable, ROOT / "train_teacher.py", *args]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command[:-1], whole], check=True, stdout=subprocess.DEVNULL)
+    ends = [checkpoint.load(f / "resnet8_last.pth")["model"] for f in (folder, folder_of(whole))]
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+    assert [line["epoch"] for line in lines_of(folder)] == [1, 2, 3]
