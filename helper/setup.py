@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import re
+import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +74,8 @@ def start(opt: argparse.Namespace) -> torch.device:
     if device.type == "cpu":
         keep_buffers()
     torch.autograd.set_detect_anomaly(opt.detect_anomaly)
+    if getattr(opt, "compile", False) and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise RunError("--compile: needs a C++ compiler, g++ or that of the variable CXX")
     if opt.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch asks for
         torch.use_deterministic_algorithms(True)

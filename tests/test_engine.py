@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -16,15 +17,24 @@ from dataset import DataSource
 from dataset.loader import DeviceLoader
 from distiller_zoo import distiller_dict, kd_loss
 from helper import graph
+from helper.interrupt import interrupt
 from helper.loops import learning_rate, train, validate
 from helper.options import parse_student, parse_teacher
 from helper.setup import Teacher, make_track, start, train_step
 from helper.step import Engine, TrainStep, sgd
+from helper.util import RunError
 from models import create_model
 from tests.test_contracts import calibrated
 
 METHODS = [name for name in distiller_dict if name != "kdsvd"]
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """start() listens to them, for the process."""
+    yield
+    interrupt.forget()
 
 
 def source(n=18, n_cls=5):
@@ -322,6 +332,23 @@ def test_bf16_is_near_and_leaves_float32(name, flags, exact, teacher, tmp_path):
     torch.testing.assert_close(*terms, rtol=0.05, atol=0.05)
     assert all(t.dtype in (torch.float32, torch.float64, torch.int64, torch.uint8) for t in state(track))
     assert all(math.isfinite(float(t.double().sum())) for t in state(track))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
+def test_compiled_networks_are_near(teacher, tmp_path):
+    opt, track = setting("hint", teacher, tmp_path, "--compile")
+    _, other = setting("hint", teacher, tmp_path)
+    for t, o in ((track, opt), (other, parse_student(["--path_t", "x"]))):
+        epochs_of(train_step(o, [t], teacher), o, (1,))
+    assert track.meters.steps == 5
+    torch.testing.assert_close(track.meters.sums[:4], other.meters.sums[:4], rtol=1e-2, atol=1e-2)
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RunError, match="--compile: needs a C"):
+        start(parse_student(["--path_t", "x", "--compile", "--device", "cpu"]))
 
 
 def test_auto_precision_is_settled_before_the_run():
