@@ -32,10 +32,16 @@ class CudaGraphs:
         Raises RuntimeError if it waits for the device.
         """
         graph = torch.cuda.CUDAGraph()
+        before = [generator.clone_state() for generator in generators]  # a recording that fails leaves them unusable
         for generator in generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, stream=self.stream):
-            run()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                run()
+        except RuntimeError as error:
+            for generator, state in zip(generators, before, strict=True):
+                generator.graphsafe_set_state(state)
+            raise RuntimeError(str(error.__context__ or error)) from error  # the first error says why
         return graph.replay
 
 

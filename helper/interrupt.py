@@ -8,8 +8,8 @@ import threading
 EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
-class Interrupted(Exception):
-    """A signal asked the process to end."""
+class Interrupted(BaseException):
+    """A signal asked the process to end; no handler of damaged files may take it for damage."""
 
 
 class Interrupt:

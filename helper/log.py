@@ -24,8 +24,20 @@ from helper.util import RunError, code_version, versions
 
 # Options that may change between two parts of one run: they change no number of it.
 FREE = {"print_freq", "tb_freq", "save_freq", "num_workers", "device", "download", "data_folder", "output", "resume"}
-# the networks from files, the method and its options are compared beside
-FREE |= {"path_t", "model_t", "path_s", "model_s", "distill", "options", "cache_features", "graph", "save_minutes"}
+# the networks from files, the method, its options and weights are compared beside
+FREE |= {
+    "path_t",
+    "model_t",
+    "path_s",
+    "model_s",
+    "distill",
+    "options",
+    "cache_features",
+    "graph",
+    "save_minutes",
+    "detect_anomaly",
+}
+FREE |= {"alpha", "beta", "gamma"}
 
 ABOUT = {"opt", "parts"}  # of a configuration: said, not compared
 
@@ -45,6 +57,7 @@ class Run:
         path = self.folder / "config.json"
         if not path.exists():
             return None
+        self.lock = lock(self.folder)  # before its state is read
         try:
             config = json.loads(path.read_text())
             before, self.parts = comparable(config), list(config["parts"])
@@ -55,7 +68,10 @@ class Run:
         if differ:
             raise RunError(f"{self.folder} holds a run of other options ({'; '.join(differ)}): choose another --trial")
         state = self.folder / "resume.pth"
-        return checkpoint.load(state) if state.exists() else None
+        if not state.exists():
+            self.parts = []  # nothing of them is left
+            return None
+        return checkpoint.load(state)
 
     def open(self, epoch: int = 0, init_epoch: int = 0) -> None:
         """Make the folder, or take it up again after so many epochs, and those of a first stage.
@@ -66,11 +82,11 @@ class Run:
 
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = lock(self.folder)
+            self.lock = self.lock or lock(self.folder)
             part = {"from_epoch": epoch + 1, "code": code_version(), "versions": versions(), "argv": sys.argv}
             about = {
                 **self.config,
-                "parts": [*(self.parts if epoch or init_epoch else []), {**part, "device": self.device}],
+                "parts": [*self.parts, {**part, "device": self.device}],
             }
             checkpoint.write(self.folder / "config.json", (json.dumps(about, indent=1) + "\n").encode())
             self.forget_after(epoch, init_epoch)
@@ -118,6 +134,7 @@ class Run:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+        if self.lock is not None:
             self.lock.close()
 
 
@@ -133,13 +150,18 @@ def unused(folder: Path) -> Path:
 
 def lock(folder: Path) -> IO[str]:
     """A file that is locked until it is closed, or its process ends; it says whose it is."""
-    file = open(folder / ".lock", "a+")  # noqa: SIM115  it stays open as long as the run
-    if fcntl is not None:
-        try:
+    try:
+        file = open(folder / ".lock", "a+")  # noqa: SIM115  it stays open as long as the run
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written ({error.strerror})") from error
+    try:
+        if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise RunError(f"{folder} is in use by {file.read(200).strip() or 'another process'}") from None
+    except BlockingIOError:
+        file.seek(0)
+        raise RunError(f"{folder} is in use by {file.read(200).strip() or 'another process'}") from None
+    except OSError as error:  # some file systems of clusters have no locks
+        print(f"note: {folder} cannot be locked ({error.strerror}): start no second run in it", file=sys.stderr)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
     file.flush()

@@ -60,8 +60,8 @@ def train(epoch: int, loader: Iterable, step: TrainStep, opt, stage: str = "") -
             close_failed(step, epoch)
             if not step.live:
                 return
-            say_step(f"{name} step {i}/{len(loader)}", step.running)
-        if i < len(loader) and (interrupt.signal or time.monotonic() - saved > 60 * opt.save_minutes):
+            say_step(f"{name} step {i}/{len(loader)}", [track for track in step.running if not track.failed])
+        if interrupt.signal or time.monotonic() - saved > 60 * opt.save_minutes:
             pause(step, epoch)
             saved = time.monotonic()
     for track in step.live:

@@ -69,6 +69,7 @@ def init(step: TrainStep, loader: Iterable, opt) -> None:
             for track in first.live:
                 record(track, epoch, opt)
             interrupt.check()
+    first.recorded = None  # a cycle: its graph's memory would be held through the main stage
     for stage in tracks:
         stage.track.failed = stage.failed
     for track, modules in stages.items():

@@ -79,7 +79,7 @@ def start(opt: argparse.Namespace) -> torch.device:
     if opt.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch asks for
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not opt.deterministic  # the fastest algorithms, by trial
     best = "bf16" if native_bf16(device) else "fp32"
     for key in ("precision", "precision_t"):
         if getattr(opt, key, None) == "auto":

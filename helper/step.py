@@ -156,10 +156,18 @@ class Track:
 
     def go_on(self) -> None:
         """Take the optimizer's state of an earlier part of the run; its learning rate stays that of the options."""
-        if self.resumed:
-            lr = self.optimizer.param_groups[0]["lr"]
+        if not self.resumed:
+            return
+        lr = self.optimizer.param_groups[0]["lr"]
+        try:
             self.optimizer.load_state_dict(self.resumed)
-            self.optimizer.param_groups[0]["lr"] = lr
+            for p, state in self.optimizer.state.items():
+                if state["momentum_buffer"] is not None and state["momentum_buffer"].shape != p.shape:
+                    raise ValueError(f"momentum of shape {list(state['momentum_buffer'].shape)} for {list(p.shape)}")
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(f"{self.run.folder / 'resume.pth'}: does not fit this run ({error})") from error
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.resumed = None  # its copies would be held through the run
 
     def state_dict(self) -> dict:
         """All that the next epochs depend on, and what has been reached."""
@@ -213,6 +221,8 @@ class Track:
         except RuntimeError as error:
             if torch.is_anomaly_enabled():  # PyTorch has warned of where the operation was called
                 raise RunError(f"--detect_anomaly: {self.name}, step {self.step + 1}: {error}") from error
+            if "deterministic" in str(error):
+                raise RunError(f"--deterministic: {self.name}: {str(error).splitlines()[0]}") from error
             raise
 
     def after_step(self) -> None:
@@ -268,6 +278,8 @@ class TrainStep:
         recorded = self.engine.recorder and isinstance(loader, DeviceLoader)
         for i, given in enumerate(loader.plans() if recorded else loader, first):
             self.running = [track for track in self.live if track.step <= i]
+            if not self.running:  # those that had stopped here have ended
+                continue
             if recorded:
                 self._record_for(loader, device)
                 self.recorded(given)

@@ -47,7 +47,7 @@ def commands(image_folder, tmp_path_factory):
     few = {name: ["--nce_k", "9"] if {"crd", "rrd"} & set(group) else [] for name, group in GROUPS.items()}
     return {
         "teacher": (train_teacher, [*data, "--model", "resnet8", "--epochs", "4", "--lr_decay_epochs", "2"]),
-        "transfer": (transfer_student, [*data, "--path_s", path, "--epochs", "9", "--no-cache_features"]),
+        "transfer": (transfer_student, [*data, "--path_s", path, "--epochs", "9"]),
         **{name: (train_student, [*student, *few[name], "--distill", *group]) for name, group in GROUPS.items()},
     }
 
