@@ -16,6 +16,7 @@ from distiller_zoo import Distiller, kd_loss
 from helper.graph import CudaGraphs, RecordedStep
 from helper.log import Run
 from helper.util import RunError
+from models.util import head
 
 TERMS = ("loss", "cls", "div", "kd")  # the sum, cross-entropy, KL, the method's own; the last three unweighted
 
@@ -100,12 +101,14 @@ class Engine:
     def network(self, model: nn.Module, dtype: torch.dtype) -> Callable:
         """(images, preact) -> features, logits; its kernels fused by torch.compile if asked for."""
         run = torch.compile(model) if self.compiled else model
+        # of bfloat16's three digits a logit has too few: the classifier is computed in float32
+        classifier = head(model) if dtype != torch.float32 else None
 
         def forward(images: Tensor, preact: bool) -> tuple[list[Tensor], Tensor]:
             # no cache: every weight is cast once a step anyway, and a graph could not hold what the cache frees
             with torch.autocast(images.device.type, dtype, dtype != torch.float32, cache_enabled=False):
                 g, logit = run(images, is_feat=True, preact=preact)
-            return g, widened(logit)
+            return g, classifier(widened(g[-1])) if classifier else logit
 
         return forward
 
