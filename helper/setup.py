@@ -27,7 +27,7 @@ from helper.log import Run
 from helper.options import plain, weights_of
 from helper.probe import Probe
 from helper.step import Engine, Track, TrainStep
-from helper.util import RunError, choose_device, keep_buffers, native_bf16, seed_all, stream
+from helper.util import RunError, choose_device, keep_buffers, seed_all, stream
 from models import create_model
 from models.util import feature_shapes
 
@@ -80,10 +80,9 @@ def start(opt: argparse.Namespace) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch asks for
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not opt.deterministic  # the fastest algorithms, by trial
-    best = "bf16" if native_bf16(device) else "fp32"
     for key in ("precision", "precision_t"):
         if getattr(opt, key, None) == "auto":
-            setattr(opt, key, best)
+            setattr(opt, key, "fp32")  # bf16 has not been shown to be as accurate for every method: docs/benchmarks.md
     return device
 
 
