@@ -1,7 +1,9 @@
 """Decoded sets, kept beside the data: reading one costs a fraction of decoding it."""
 
 import hashlib
+import math
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import PIL
 
-from dataset.source import DataSource
+from dataset.source import DataError, DataSource
 
 FOLDER = ".distillers_cache"  # may be deleted at any time
 FORMAT = 1  # raised by whoever changes how images are decoded or what a file holds
@@ -36,26 +38,44 @@ def _key(folder, size, sources):
     """Tells apart what may decode differently; contents are not read, 100,000 files would take too long."""
     parts = [f"{FORMAT} {PIL.__version__} {size}"]
     for path in sources:
-        stat = os.stat(path)
-        parts.append(f"{str(path).removeprefix(str(folder))} {stat.st_size} {stat.st_mtime_ns}")
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for, a device read without end
+            raise DataError(f"{path} is not a file")
+        parts.append(f"{str(path).removeprefix(str(folder))} {about.st_size} {about.st_mtime_ns}")
     return hashlib.sha256("\0".join(parts).encode(errors="backslashreplace")).hexdigest()
 
 
 def _load(path, key, size):
     """The kept set; None if there is none, if it is of other sources, or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as kept:  # a zip file: it compares every array's CRC32
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:  # a zip file: it has CRC32s
+            if sum(member.file_size for member in kept.zip.infolist()) > path.stat().st_size:  # _write() packs nothing
+                return None
             if kept["key"].item() != key:
                 return None
             arrays = [kept[name] for name in ("train_images", "train_labels", "test_images", "test_labels")]
             names, n_cls, flip = tuple(kept["class_names"].tolist()), kept["n_cls"].item(), kept["flip"].item()
             mean, std = tuple(kept["mean"].tolist()), tuple(kept["std"].tolist())
+        source = DataSource(*arrays, n_cls, mean, std, names, flip)
+        return source if _fits(source, size) else None
     except Exception:  # a damaged file raises a dozen kinds
         return None
-    for images, labels in (arrays[:2], arrays[2:]):
-        if images.shape != (len(labels), size, size, 3):  # an array that was not read to its end has no CRC32
-            return None
-    return DataSource(*arrays, n_cls, mean, std, names, flip)
+
+
+def _fits(source, size):
+    """Whether it is a set of images of this size: an array that was not read to its end has no CRC32."""
+    *arrays, n_cls, mean, std, names, flip = source
+    pairs = arrays[:2], arrays[2:]
+    return (
+        all(images.dtype == np.uint8 and images.shape == (len(labels), size, size, 3) for images, labels in pairs)
+        and all(labels.dtype == np.int64 and labels.ndim == 1 for _, labels in pairs)
+        and all(0 <= labels.min() <= labels.max() < n_cls == len(names) for _, labels in pairs)
+        and all(isinstance(name, str) for name in names)
+        and len(mean) == len(std) == 3
+        and all(map(math.isfinite, mean + std))
+        and min(std) > 0
+        and isinstance(flip, bool)
+    )
 
 
 def _write(path, key, source):

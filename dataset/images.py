@@ -1,7 +1,10 @@
 """Image files of any kind, decoded to RGB."""
 
+import math
+import os
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +13,36 @@ from PIL import Image
 from dataset.source import DataError, stacked
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # decoders that may run, whatever a file is called
+LARGEST_FILE = 2**28  # bytes
+LARGE = 2**23  # pixels; of those that Pillow takes at most (89 million) it needs 700 to 1,500 MB
 
 
 def decoded(files: Sequence[Path], size: int, num_workers: int = 0) -> np.ndarray:
     """(N, size, size, 3) uint8 of image files, resized by Pillow's bilinear filter, which averages where it shrinks."""
-    with warnings.catch_warnings():  # set once, outside of the threads
+    # one thread for the large ones: several would take as much each
+    with ThreadPoolExecutor(1) as alone, warnings.catch_warnings():  # set once, outside of the threads
+        warnings.simplefilter("ignore")  # of metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return stacked(lambda i: _decode(files[i], size), len(files), size, num_workers)
+        return stacked(lambda i: _decode(files[i], size, alone), len(files), size, num_workers)
 
 
-def _decode(path, size):
+def _decode(path, size, alone):
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            image = _rgb(image)
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        image = _resized(path, size, LARGE) or alone.submit(_resized, path, size, math.inf).result()
         return np.asarray(image)  # (size, size, 3)
     except Exception as error:  # decoders raise a dozen kinds for a damaged file
         raise DataError(f"cannot read the image {path} ({type(error).__name__}: {error})") from error
+
+
+def _resized(path, size, most):
+    """The image in RGB; None if it has more than `most` pixels."""
+    if os.path.getsize(path) > LARGEST_FILE:  # some decoders begin with reading all of it
+        raise ValueError(f"more than {LARGEST_FILE:,} bytes")
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > most:
+            return None
+        image = _rgb(image)
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def _rgb(image):

@@ -13,6 +13,7 @@ from dataset.source import DataError, DataSource
 
 FOLDER = "tiny-imagenet-200"
 MOMENTS = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)  # of the 100,000 training images, 64x64
+LARGEST_LIST = 2**25  # bytes; words.txt has 2.7 MB
 FIELDS = 6  # of an annotation: file, class, box
 
 
@@ -45,6 +46,8 @@ def tinyimagenet(data_folder: Path, image_size: int | None, download: bool, num_
 
 def _lines(path):
     try:
+        if not path.is_file() or path.stat().st_size > LARGEST_LIST:
+            raise DataError(f"{path} is not a list of at most {LARGEST_LIST:,} bytes")
         return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path} ({error})") from error
@@ -62,6 +65,8 @@ def _wnids(path):
     wnids = sorted(line.strip() for line in _lines(path) if line.strip())
     if len(wnids) < 2:
         raise DataError(f"{path} names {len(wnids)} classes where at least two are needed")
+    if odd := [wnid for wnid in wnids if not wnid.isalnum()]:  # it is to be the name of a folder
+        raise DataError(f"{path} names a class {odd[0][:80]!r}, where letters and digits are expected")
     for wnid, other in pairwise(wnids):
         if wnid == other:
             raise DataError(f"{path} names the class {wnid} twice")
