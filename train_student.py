@@ -6,7 +6,17 @@ from dataset import load_dataset
 from helper import pretrain
 from helper.loops import fit, summary, validate
 from helper.options import parse_student
-from helper.setup import NO_TEACHER, held_out_loader, hold_out, load_teacher, loaders, start, student_tracks, train_step
+from helper.setup import (
+    NO_TEACHER,
+    held_out_loader,
+    hold_out,
+    layout_of,
+    load_teacher,
+    loaders,
+    start,
+    student_tracks,
+    train_step,
+)
 from helper.util import one_sentence
 
 
@@ -18,7 +28,7 @@ def main() -> int:
     source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
     source, held_out = hold_out(source, opt)
     train_loader, test_loader = loaders(source, opt, device)
-    teacher.fit_for(source, device)
+    teacher.fit_for(source, device, layout_of(opt))
     tracks = student_tracks(opt, source, device, teacher)
     for track in tracks:
         track.open(opt)
@@ -27,7 +37,7 @@ def main() -> int:
 
     step = train_step(opt, tracks, teacher.model)
     pretrain.init(step, train_loader, opt)
-    fit(step, train_loader, test_loader, opt, held_out_loader(held_out, source, device))
+    fit(step, train_loader, test_loader, opt, held_out_loader(held_out, source, opt, device))
 
     for track in tracks:
         print(summary(track))

@@ -18,7 +18,7 @@ def main() -> int:
     train_loader, test_loader = loaders(source, opt, device)
     track = teacher_track(opt, source, device)
     track.open(opt)
-    fit(train_step(opt, [track]), train_loader, test_loader, opt, held_out_loader(held_out, source, device))
+    fit(train_step(opt, [track]), train_loader, test_loader, opt, held_out_loader(held_out, source, opt, device))
     print(summary(track))
     return 1 if track.failed else 0
 

@@ -26,7 +26,7 @@ def main() -> int:
     # also of epochs that are done: a feature's last bits may depend on those that are computed with it
     epochs = range(1, opt.epochs + 1) if track.epoch < opt.epochs else range(0)
     train_loader, test_loader = cached(train_loader, test_loader, track.model, epochs, opt.cache_features)
-    fit(TrainStep([track]), train_loader, test_loader, opt, held_out_loader(held_out, source, device))
+    fit(TrainStep([track]), train_loader, test_loader, opt, held_out_loader(held_out, source, opt, device))
     print(summary(track))
     return 1 if track.failed else 0
 

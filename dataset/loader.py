@@ -44,7 +44,7 @@ def normalised(
 
 
 class DeviceLoader:
-    """Iterates over images (B, 3, H, W) channels_last, target (B,), index (B,), all on the device.
+    """Iterates over images (B, 3, H, W) in the layout, target (B,), index (B,), all on the device.
 
     With augment: a new order, random crops (zero-padded by 4) and, unless flip is off, mirroring, as torchvision's
     RandomCrop, RandomHorizontalFlip, ToTensor, Normalize. All draws come from (seed, epoch) alone, so that every
@@ -64,11 +64,12 @@ class DeviceLoader:
         seed: int = 0,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        layout: torch.memory_format = torch.channels_last,
         n_cls: int | None = None,
     ):
         images, labels = _as_tensor(images), _as_tensor(labels)
         _check(images, labels, batch_size, augment, n_cls)
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self.layout = torch.device(device), dtype, layout
         self.images, self.labels = images.to(self.device), labels.to(self.device)
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=self.device) for v in (mean, std))
         self.batch_size, self.n_data = batch_size, len(images)
@@ -99,7 +100,8 @@ class DeviceLoader:
         if self.augment:
             images = augmented(images, *views)
         target = self.labels.index_select(0, index)
-        return normalised(images, self.mean, self.std, self.dtype), target, index
+        images = normalised(images, self.mean, self.std, self.dtype)
+        return images.contiguous(memory_format=self.layout), target, index
 
     def plan(self, epoch: int) -> Tensor:
         """(4, N) order, dy, dx, flip of an epoch; (1, N) without augmentation."""

@@ -34,6 +34,7 @@ FREE |= {
     "options",
     "cache_features",
     "graph",
+    "streams",
     "save_minutes",
     "detect_anomaly",
 }

@@ -144,6 +144,12 @@ def add_engine_options(parser: Parser) -> None:
     )
     add("--compile", action="store_true", help="fuse the networks' kernels; pays for runs of more than some minutes")
     add("--graph", action=argparse.BooleanOptionalAction, default=True, help="on CUDA, record whole steps (on)")
+    add(
+        "--channels_last",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a pixel's channels beside each other in memory (on)",
+    )
 
 
 def parse_teacher(argv: list[str] | None = None) -> argparse.Namespace:
@@ -197,6 +203,7 @@ def parse_student(argv: list[str] | None = None) -> argparse.Namespace:
     add("--kd_T", type=number(float, 1e-3), default=4.0, help="temperature of the KL term (4)")
     add_engine_options(parser)
     add("--precision_t", choices=PRECISIONS, help="of the teacher (as --precision)")
+    add("--streams", action="store_true", help="on CUDA, students at once, on streams of their own (not yet measured)")
     takers = add_method_options(parser)
     opt = parser.parse_args(argv)
     return finish(check_student(parser, opt, takers), "model_s")

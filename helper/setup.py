@@ -21,7 +21,7 @@ from dataset import DataSource
 from dataset.loader import DeviceLoader, large_batch
 from distiller_zoo import ALONE, create_distiller, method_options
 from helper.checkpoint import load_network
-from helper.graph import CudaGraphs
+from helper.graph import CudaGraphs, CudaStreams, in_turn
 from helper.interrupt import interrupt
 from helper.log import Run
 from helper.options import plain, weights_of
@@ -45,7 +45,9 @@ class Teacher:
     about: dict = field(default_factory=dict)
     path: Path | None = None
 
-    def fit_for(self, source: DataSource, device: torch.device) -> None:
+    def fit_for(
+        self, source: DataSource, device: torch.device, layout: torch.memory_format = torch.channels_last
+    ) -> None:
         """Refuse other classes; say what else the teacher was trained on than it will see; move to the device."""
         if self.model is None:
             return
@@ -55,7 +57,7 @@ class Teacher:
         for key, value in now.items():
             if self.about.get(key, value) != value:
                 print(f"note: the teacher was trained with {key} {self.about[key]}, here it is {value}")
-        self.model.to(device, memory_format=torch.channels_last)
+        self.model.to(device, memory_format=layout)
 
 
 NO_TEACHER = Teacher()
@@ -91,12 +93,19 @@ def train_step(opt: argparse.Namespace, tracks: list[Track], teacher: nn.Module 
     device = next(tracks[0].model.parameters()).device
     recorder = CudaGraphs if opt.graph and device.type == "cuda" and not opt.detect_anomaly else None
     dtype_s, dtype_t = DTYPES[opt.precision], DTYPES[getattr(opt, "precision_t", None) or opt.precision]
-    return TrainStep(tracks, teacher, getattr(opt, "kd_T", 4.0), Engine(dtype_s, dtype_t, opt.compile, recorder))
+    each = CudaStreams(device) if getattr(opt, "streams", False) and device.type == "cuda" else in_turn
+    engine = Engine(dtype_s, dtype_t, opt.compile, recorder, each)
+    return TrainStep(tracks, teacher, getattr(opt, "kd_T", 4.0), engine)
+
+
+def layout_of(opt: argparse.Namespace) -> torch.memory_format:
+    """How images, weights and maps lie in memory."""
+    return torch.channels_last if getattr(opt, "channels_last", True) else torch.contiguous_format
 
 
 def loaders(source: DataSource, opt: argparse.Namespace, device: torch.device) -> tuple[DeviceLoader, DeviceLoader]:
     """-> (augmented training batches, test batches in file order), both on the device."""
-    same = {"mean": source.mean, "std": source.std, "device": device, "n_cls": source.n_cls}
+    same = {"mean": source.mean, "std": source.std, "device": device, "n_cls": source.n_cls, "layout": layout_of(opt)}
     train = DeviceLoader(
         source.train_images, source.train_labels, opt.batch_size, augment=True, flip=source.flip, seed=opt.seed, **same
     )
@@ -120,11 +129,11 @@ def hold_out(source: DataSource, opt: argparse.Namespace) -> tuple[DataSource, t
     return source._replace(train_images=images[kept], train_labels=labels[kept]), (images[held], labels[held])
 
 
-def held_out_loader(held_out, source: DataSource, device: torch.device) -> DeviceLoader | None:
+def held_out_loader(held_out, source: DataSource, opt: argparse.Namespace, device: torch.device) -> DeviceLoader | None:
     """Batches of what hold_out() held out."""
     if held_out is None:
         return None
-    same = {"mean": source.mean, "std": source.std, "device": device, "n_cls": source.n_cls}
+    same = {"mean": source.mean, "std": source.std, "device": device, "n_cls": source.n_cls, "layout": layout_of(opt)}
     return DeviceLoader(*held_out, large_batch(held_out[0]), **same)
 
 
@@ -214,7 +223,7 @@ def make_track(
         "device_type": device.type,  # CRD draws on the device
         "opt": plain(opt),
     }
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=layout_of(opt))
     run = Run(folder, arch, config, device_name(device))
     track = Track(method, model, distiller, weights, run)
     if state := run.resume(opt.resume):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dataset.loader import DeviceLoader
 from distiller_zoo import Distiller, kd_loss
-from helper.graph import CudaGraphs, RecordedStep
+from helper.graph import CudaGraphs, RecordedStep, in_turn
 from helper.log import Run
 from helper.util import RunError
 from models.util import head
@@ -97,6 +97,7 @@ class Engine:
     dtype_t: torch.dtype = torch.float32  # of the teacher
     compiled: bool = False
     recorder: Callable[[torch.device], CudaGraphs] | None = None  # records whole steps, see graph.py
+    each: Callable[[list[Track], Callable[[Track], None]], None] = in_turn  # updates all tracks, see graph.py
 
     def network(self, model: nn.Module, dtype: torch.dtype) -> Callable:
         """(images, preact) -> features, logits; its kernels fused by torch.compile if asked for."""
@@ -269,8 +270,7 @@ class TrainStep:
 
     def __call__(self, images: Tensor, target: Tensor, index: Tensor) -> None:
         teacher = self.know(images)
-        for track in self.running:
-            track.update(images, target, index, teacher, self.T)
+        self.engine.each(self.running, lambda track: track.update(images, target, index, teacher, self.T))
 
     def over(self, loader: Iterable, first: int = 0) -> Iterator[int]:
         """Do the steps of an epoch, of which `first` are done; yields the number that are done after each.

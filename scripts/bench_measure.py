@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, supported_activities
 
 LEAST_MS = 50  # a shorter run is repeated within its round
 
@@ -64,3 +67,30 @@ def resident(key: str) -> int:
     """Bytes of this process in memory: now (VmRSS), at most (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def kernels(
+    run: Callable[[], object], repeats: int, device: torch.device, of: ProfilerActivity = ProfilerActivity.CUDA
+) -> tuple[float, float] | None:
+    """Of one run, the mean of some: kernels and copies, milliseconds in which at least one is at work.
+
+    None where the profiler does not see them: without a GPU, or where its driver does not let it.
+    """
+    if device.type != of.name.lower() or of not in supported_activities():
+        return None
+    run()  # loader workers start here
+    with profile(activities=[of]) as seen:
+        timed(run, repeats, device)
+    n, ms = at_work(seen.events(), getattr(DeviceType, of.name))
+    return (n / repeats, ms / repeats) if n else None
+
+
+def at_work(events: Iterable, kind: DeviceType) -> tuple[int, float]:
+    """Number of a profiler's events on a kind of device, and the milliseconds in which at least one goes on."""
+    own = (e for e in events if e.device_type == kind and not getattr(e, "is_user_annotation", False))
+    total, until = 0.0, -math.inf
+    ranges = sorted((e.time_range.start, e.time_range.end) for e in own)
+    for start, end in ranges:
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return len(ranges), total / 1000

@@ -25,11 +25,12 @@ from dataset.cifar import CIFAR100_MOMENTS
 from dataset.loader import PAD, normalised
 from dataset.vision import torchvision
 from distiller_zoo import ALONE, Distiller, distiller_dict, kd_loss
+from helper.graph import WARM_UP, CudaGraphs, RecordedStep
 from helper.loops import train, validate
 from helper.options import parse_student
 from helper.pretrain import InitTrack
-from helper.setup import Teacher, loaders, student_tracks, train_step
-from helper.step import Track
+from helper.setup import DTYPES, Teacher, layout_of, loaders, student_tracks, train_step
+from helper.step import Engine, Track
 from helper.util import RunError, native_bf16, seed_all
 from models import create_model
 from scripts.bench_losses import FORMS, N_CLS
@@ -44,9 +45,13 @@ VARIANTS = {
     "compiled": ["--precision", "fp32", "--compile"],
     "compiled_bf16": ["--precision", "bf16", "--compile"],
     "no_graph": ["--precision", "fp32", "--no-graph"],
+    "nchw": ["--precision", "fp32", "--no-channels_last"],
+    "streams": ["--precision", "fp32", "--streams"],
 }
 METHODS = {"steps": ["kd", "nst", "crd"], "epoch": ["kd"]}
 METHODS["together"] = [name for name in distiller_dict if name not in (ALONE, "kdsvd")]  # of run_cifar_distill.sh
+
+MACRO = (1, 2, 4, 8)  # batches that a teacher is given at once
 
 Batch = Sequence[Tensor]  # images, target, index; of the plain loop for CRD also what is drawn
 
@@ -178,7 +183,8 @@ class OurLoop(Loop):
     """What train_student.py does, but for its files."""
 
     def __init__(self, setting: Setting, opt: argparse.Namespace, first_stage: bool):
-        teacher = replace(setting.teacher, model=copy.deepcopy(setting.teacher.model))
+        model = copy.deepcopy(setting.teacher.model).to(memory_format=layout_of(opt))
+        teacher = replace(setting.teacher, model=model)
         self.opt, self.epochs = opt, 0  # epochs begun
         self.tracks = started(setting, opt, teacher, first_stage)
         self.loader, self.test_loader = loaders(setting.source, opt, setting.device)
@@ -319,10 +325,10 @@ def groups(part: str, opt: argparse.Namespace) -> Iterator[tuple[str, list[str],
 
 
 def sensible(part: str, device: torch.device) -> list[str]:
-    """The variants that --all measures; to compile takes a minute or more for each network."""
+    """The variants that --all measures; to compile takes a minute or more for each network, so one pair must do."""
     few = ["fp32", "bf16"] if part != "steps" else ["fp32", "bf16_teacher", "bf16"]
-    if device.type == "cuda" and part == "steps":
-        few += ["compiled_bf16", "no_graph"]
+    if device.type == "cuda":
+        few += {"steps": ["nchw", "no_graph"], "together": ["streams"], "epoch": ["compiled_bf16"]}[part]
     return [name for name in few if "bf16" not in VARIANTS[name] or native_bf16(device)]
 
 
@@ -341,3 +347,28 @@ def cases(part: str, opt: argparse.Namespace, device: torch.device) -> Iterator[
                 sides[variant] = [partial(OurLoop, setting, options(names, VARIANTS[variant]), first_stage)]
             epochs = options(names).init_epochs if first_stage else options(names).epochs
             yield Case(what, ":".join(pair), sides, epochs)
+
+
+def teachers(opt: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, str, list[Callable[[], None]]]]:
+    """-> teacher, precision, its forward pass of as many batches at once as MACRO says, as a training step does it."""
+    for arch in dict.fromkeys(pair[0] for pair in opt.pairs):
+        model = random_teacher(arch, synthetic(64), device).model
+        for precision in ("fp32", "bf16")[: 1 + native_bf16(device)]:
+            network = Engine().network(model, DTYPES[precision])
+            yield arch, precision, [forward(network, n * opt.batch_size, device) for n in MACRO]
+
+
+def forward(network: Callable, n: int, device: torch.device) -> Callable[[], None]:
+    """A pass of n images without gradients; on CUDA from a recording."""
+
+    @torch.no_grad()
+    def run(images: Tensor) -> None:
+        network(images, False)
+
+    images = torch.randn(n, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    if device.type != "cuda":
+        return partial(run, images)
+    recorded = partial(RecordedStep(run, images.size(-1), [], CudaGraphs(device)), images)
+    for _ in range(WARM_UP + 1):
+        recorded()
+    return recorded

@@ -3,9 +3,10 @@
     python scripts/benchmark.py                               steps of kd, nst and crd
     python scripts/benchmark.py --methods fsp icd --pairs vgg13:vgg8 --variants fp32 bf16
     python scripts/benchmark.py --together                    2, 5 and 15 students of one teacher at once
+    python scripts/benchmark.py --teacher                     the teacher alone, by the number of batches at once
     python scripts/benchmark.py --epoch                       an epoch of kd with evaluation
     python scripts/benchmark.py --losses nst crd              losses alone, and CRD's draw
-    python scripts/benchmark.py --all                         all of these, in about eight minutes of an H200 (estimate)
+    python scripts/benchmark.py --all                         all of these, in about nine minutes of an H200 (estimate)
     python scripts/benchmark.py --all --images 128 --batch_size 8 --rounds 1 --pairs resnet20:resnet8     a trial of it
 
 All sides run in this process, by turns; bench_steps.py and bench_losses.py say what they are. Images are random, in the
@@ -40,11 +41,12 @@ from models import model_dict
 from models.util import known_first
 from scripts import bench_losses, bench_steps
 from scripts.bench_losses import FORMS, N_DATA, Side
-from scripts.bench_measure import by_turns, extra_memory, in_turn, timed
-from scripts.bench_steps import FIRST, METHODS, VARIANTS, Case, Loop
+from scripts.bench_measure import by_turns, extra_memory, in_turn, kernels, timed
+from scripts.bench_steps import FIRST, MACRO, METHODS, VARIANTS, Case, Loop
 
 PAIRS = ["wrn_40_2:wrn_16_2", "resnet32x4:resnet8x4"]
-ROUNDS = {"losses": 7, "steps": 5, "together": 2, "epoch": 1}
+ROUNDS = {"steps": 3, "together": 2, "teacher": 5, "epoch": 1, "losses": 7}
+PROFILED = 3  # steps of which the kernels are counted
 
 
 def losses(part: str, opt: argparse.Namespace, rounds: int, device: torch.device) -> Iterator[dict]:
@@ -67,14 +69,21 @@ def loss_row(what: str, on: str, sides: tuple[Side, Side], rounds: int, device: 
 
 def steps(part: str, opt: argparse.Namespace, rounds: int, device: torch.device) -> Iterator[dict]:
     """Rows of the table, one for each side of a case."""
-    of_loop = partial(epoch_ms, device=device) if part == "epoch" else partial(step_ms, opt=opt, device=device)
+    of_loop, seen_of = partial(step_ms, opt=opt, device=device), partial(step_kernels, device=device)
+    if part == "epoch":
+        of_loop, seen_of = partial(epoch_ms, device=device), lambda loop: None
     for case in bench_steps.cases(part, opt, device):
         print(f"{part}: {case.what} {case.on} ...", file=sys.stderr)
-        yield from step_rows(case, opt.batch_size, of_loop, rounds, device)
+        yield from step_rows(case, opt.batch_size, of_loop, seen_of, rounds, device)
 
 
 def step_rows(
-    case: Case, batch_size: int, of_loop: Callable[[Loop], float], rounds: int, device: torch.device
+    case: Case,
+    batch_size: int,
+    of_loop: Callable[[Loop], float],
+    seen_of: Callable[[Loop], tuple[float, float] | None],
+    rounds: int,
+    device: torch.device,
 ) -> Iterator[dict]:
     """A row for each side, after all have been made and have done their first steps."""
     gc.collect()  # the last case's networks and recorded steps
@@ -84,9 +93,11 @@ def step_rows(
         sizes.append([extra_memory(lambda make=make, side=side: side.append(make()), device) for make in makers])
         loops.append(side)
     ms = by_turns([lambda side=side: sum(map(of_loop, side)) for side in loops], rounds)
+    seen = [list(map(seen_of, side)) for side in loops]
     first = [torch.tensor([loss for loop in side for loss in loop.losses], dtype=torch.float64) for side in loops]
-    for name, values, size, found in zip(case.sides, ms, sizes, first, strict=True):
+    for name, values, size, work, found in zip(case.sides, ms, sizes, seen, first, strict=True):
         middle, apart = statistics.median(values), (found / first[0] - 1).abs()
+        n_kernels, at_work = (None, None) if None in work else map(sum, zip(*work, strict=True))
         yield {
             "what": case.what,
             "on": case.on,
@@ -98,6 +109,8 @@ def step_rows(
             "ratio": statistics.median(ms[0]) / middle,
             "ratios": [plain / value for plain, value in zip(ms[0], values, strict=True)],
             "bytes": None if None in size else max(size),
+            "kernels": n_kernels,
+            "busy": at_work and at_work / middle,
             "losses": found.tolist(),
             "differences": (apart[::FIRST].max().item(), apart.max().item()),  # nan if a loss is
         }
@@ -109,9 +122,24 @@ def step_ms(loop: Loop, opt: argparse.Namespace, device: torch.device) -> float:
         return timed(run, opt.steps, device)
 
 
+def step_kernels(loop: Loop, device: torch.device) -> tuple[float, float] | None:
+    """Kernels of one step, and the milliseconds in which at least one is at work."""
+    with loop.going(0) as run:
+        return kernels(run, PROFILED, device)
+
+
 def epoch_ms(loop: Loop, device: torch.device) -> float:
     """Milliseconds of an epoch with its evaluation, by training steps."""
     return timed(loop.epoch, 1, device) / loop.n_steps
+
+
+def teachers(part: str, opt: argparse.Namespace, rounds: int, device: torch.device) -> Iterator[dict]:
+    """Rows of the table, by the time of one batch."""
+    for what, precision, sides in bench_steps.teachers(opt, device):
+        print(f"{part}: {what} {precision} ...", file=sys.stderr)
+        ms = in_turn(sides, rounds, device)
+        ms = [[value / n for value in values] for n, values in zip(MACRO, ms, strict=True)]
+        yield {"what": what, "precision": precision, "at_once": MACRO, "ms": ms}
 
 
 def loss_cells(row: dict) -> list[str]:
@@ -125,9 +153,15 @@ def step_cells(row: dict) -> list[str]:
     """A row's numbers as text."""
     cells = [row["what"], row["on"], row["side"], spread(statistics.median(row["ms"]), row["ms"])]
     cells += [short(row["images_per_s"]), short(row["minutes"])]
-    if row["side"] == "plain":
-        return [*cells, "-", megabytes(row["bytes"]), "-"]
-    return [*cells, spread(row["ratio"], row["ratios"]), megabytes(row["bytes"]), differences(row)]
+    plain = row["side"] == "plain"
+    cells += ["-" if plain else spread(row["ratio"], row["ratios"]), megabytes(row["bytes"])]
+    work = ["-", "-"] if row["kernels"] is None else [f"{row['kernels']:.0f}", f"{row['busy']:.0%}"]
+    return [*cells, "-" if plain else differences(row), *work]
+
+
+def teacher_cells(row: dict) -> list[str]:
+    """A row's numbers as text."""
+    return [row["what"], row["precision"], *(spread(statistics.median(ms), ms) for ms in row["ms"])]
 
 
 def differences(row: dict) -> str:
@@ -156,16 +190,24 @@ ON_STEPS = (
     "Batches of {batch_size}; {workers} loader workers beside the plain loop. Median (least..most) of {rounds} rounds "
     "of {steps} steps; training: 240 epochs of CIFAR-100, of a first stage 30; times: how much faster than the plain "
     f"loop (several methods: one after another), {TIMES}, from making it to its {FIRST}th step, without workers; "
-    f"differences from the plain loop's losses on the same batches, the first's and the largest of {FIRST}, relative."
+    f"differences from the plain loop's losses on the same batches, the first's and the largest of {FIRST}, "
+    "relative; kernels: of a step on a GPU, copies among them; busy: the share of its time in which one is at work."
 )
 ON_EPOCHS = ON_STEPS.replace("{steps} steps", "an epoch of {images} images with evaluation, by its training steps")
+ON_TEACHERS = (
+    "Milliseconds of the forward pass for {batch_size} images, if one, two, four or eight times as many are given at "
+    "once; on a GPU from a recording. Median (least..most) of {rounds} rounds."
+)
 LOSSES = ("loss", "on", "ours, ms", "other form, ms", "times", "ours, MB", "other form, MB", "differences")
 STEPS = ("what", "on", "side", "ms a step", "images/s", "training, min", "times", "MB", "differences")
+STEPS += ("kernels", "busy")
+TEACHERS = ("teacher", "precision", "one batch, ms", "two, ms", "four, ms", "eight, ms")
 PARTS = {  # what measures the rows; their cells; columns, how many of these are names; a note
-    "losses": (losses, loss_cells, LOSSES, 2, ON_LOSSES),
     "steps": (steps, step_cells, STEPS, 3, ON_STEPS),
     "together": (steps, step_cells, STEPS, 3, ON_STEPS),
+    "teacher": (teachers, teacher_cells, TEACHERS, 2, ON_TEACHERS),
     "epoch": (steps, step_cells, STEPS, 3, ON_EPOCHS),
+    "losses": (losses, loss_cells, LOSSES, 2, ON_LOSSES),
 }
 
 
@@ -198,6 +240,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     pairs, workers = [network_pair(pair) for pair in PAIRS], min(8, os.cpu_count() or 1)
     add("--losses", nargs="*", choices=FORMS, metavar="METHOD", help=f"losses alone, some of {', '.join(FORMS)} (all)")
     add("--together", nargs="*", type=positive, metavar="N", help="the first N methods at once (2 5 15)")
+    add("--teacher", action="store_true", help="the teacher's forward pass, of 1, 2, 4 and 8 batches at once")
     add("--epoch", action="store_true", help="whole epochs with evaluation")
     add("--all", action="store_true", help="all parts, and all variants that may pay on the device")
     add("--methods", nargs="+", type=method, metavar="NAME", help="(kd nst crd; --epoch kd; --together all but kdsvd)")
@@ -221,7 +264,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def completed(parser: Parser, opt: argparse.Namespace) -> argparse.Namespace:
     """The parts that are asked for, and what depends on them; refuse what train_student.py would."""
-    asked = {"losses": opt.losses is not None, "together": opt.together is not None, "epoch": opt.epoch}
+    asked = {part: getattr(opt, part) not in (None, False) for part in ("losses", "together", "teacher", "epoch")}
     asked["steps"] = not any(asked.values())
     opt.parts = [part for part in PARTS if opt.all or asked[part]]
     for key in ("losses", "methods", "variants"):
@@ -242,6 +285,7 @@ def completed(parser: Parser, opt: argparse.Namespace) -> argparse.Namespace:
 def main() -> None:
     opt = parse()
     device = choose_device(opt.device)
+    torch.backends.cudnn.benchmark = True  # as in training
     name, threads = device_name(device), torch.get_num_threads()
     tf32 = "TF32" if torch.backends.cudnn.allow_tf32 else "float32"
     kept = opt.keep_buffers and device.type == "cpu" and keep_buffers()

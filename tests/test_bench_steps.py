@@ -5,12 +5,16 @@ import multiprocessing
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset.loader import normalised
@@ -46,7 +50,7 @@ def read(folder, part):
 
 def test_what_it_leaves(run):
     text, folder = run
-    parts = ["losses", "steps", "together", "epoch"]
+    parts = ["steps", "together", "teacher", "epoch", "losses"]
     assert {path.name for path in folder.iterdir()} == {f"{part}.{kind}" for part in parts for kind in ("md", "json")}
     assert text == "\n".join((folder / f"{part}.md").read_text() for part in parts)
     for part in parts:
@@ -64,6 +68,7 @@ def test_what_it_leaves(run):
     ):
         rows = read(folder, part)["rows"]
         assert [(row["what"], row["side"]) for row in rows] == [(name, side) for name in what for side in sides]
+        assert all(row["kernels"] is row["busy"] is None for row in rows)  # of a GPU
 
 
 @pytest.mark.parametrize("part", ["steps", "together", "epoch"])
@@ -84,7 +89,7 @@ def test_the_table_says_what_the_json_does(run, part):
             assert float(shown.split()[0]) == pytest.approx(value, rel=0.006)
         assert len(row["losses"]) == len(plain["losses"]) == FIRST * (2 if part == "together" else 1)
         if row is plain:
-            assert line[6] == line[8] == "-" and row["flags"] is None
+            assert line[6] == line[8] == line[9] == line[10] == "-" and row["flags"] is None
             continue
         assert float(line[6].split()[0]) == pytest.approx(of_plain / ms, rel=0.006)
         ratios = [a / b for a, b in zip(plain["ms"], row["ms"], strict=True)]
@@ -93,9 +98,81 @@ def test_the_table_says_what_the_json_does(run, part):
         apart = [abs(a / b - 1) for a, b in zip(row["losses"], plain["losses"], strict=True)]
         assert largest == pytest.approx(max(apart)) and first == pytest.approx(max(apart[::FIRST]))
         assert first < (1e-5 if row["side"] == "fp32" else 0.1)
-        assert line[8] == f"{first:.0e}, {largest:.0e}"
+        assert line[8:] == [f"{first:.0e}, {largest:.0e}", "-", "-"]
     if bench_measure.extra_memory(list, torch.device("cpu")) is not None:
         assert all(float(line[7]) > 1 for line in cells)
+
+
+def test_the_table_of_teachers(run):
+    _, folder = run
+    rows = read(folder, "teacher")["rows"]
+    lines = [line.split(" | ") for line in (folder / "teacher.md").read_text().splitlines() if line[:1] == "|"][2:]
+    assert [row["what"] for row in rows] == ["resnet20"] * len(rows) and rows[0]["precision"] == "fp32"
+    for row, (arch, precision, *ms) in zip(rows, lines, strict=True):
+        assert arch == "| resnet20" and precision == row["precision"] and row["at_once"] == [1, 2, 4, 8]
+        for shown, values in zip(ms, row["ms"], strict=True):
+            assert float(shown.split()[0]) == pytest.approx(statistics.median(values), rel=0.006) and len(values) == 2
+
+
+def test_a_teacher_is_given_several_batches_and_times_are_of_one(monkeypatch):
+    """A network that takes 4 ms for 3 images, and so 32 for 24."""
+    seen = []
+
+    def slow(images, preact):
+        seen.append((tuple(images.shape), torch.is_grad_enabled()))
+        time.sleep(len(images) * 4e-3 / 3)
+
+    monkeypatch.setattr(bench_steps.Engine, "network", lambda *_: slow)
+    monkeypatch.setattr(bench_steps, "native_bf16", lambda device: False)
+    opt = benchmark.parse(["--teacher", "--batch_size", "3", "--pairs", ":".join(PAIR), "vgg8:resnet8"])
+    rows = list(benchmark.teachers("teacher", opt, 2, torch.device("cpu")))
+    assert [(row["what"], row["precision"]) for row in rows] == [("resnet20", "fp32"), ("vgg8", "fp32")]
+    assert {shape for shape, _ in seen} == {(n, 3, 32, 32) for n in (3, 6, 12, 24)} and not any(g for _, g in seen)
+    assert all(ms == pytest.approx(4, rel=0.5) for row in rows for values in row["ms"] for ms in values)
+
+
+def test_kernels_and_their_share_of_a_step(monkeypatch, capsys, tmp_path):
+    """Where a profiler sees any: here those of the CPU stand for a GPU's. Plain students come one after another."""
+    of_cpu = partial(bench_measure.kernels, of=ProfilerActivity.CPU)
+    monkeypatch.setattr(benchmark, "kernels", of_cpu)
+    args = ["--together", "--methods", "none", "kd", "--num_workers", "0", "--output", tmp_path]
+    assert call([*SMALL, *args, "--steps", "5"], monkeypatch, capsys)[0] == 0
+    plain, ours = read(tmp_path, "together")["rows"]
+    lines = (tmp_path / "together.md").read_text().splitlines()[-2:]
+    for row, line in zip((plain, ours), lines, strict=True):
+        assert row["kernels"] > 1000 and 0.3 < row["busy"] < 1.5
+        assert line.strip("| ").split(" | ")[-2:] == [f"{row['kernels']:.0f}", f"{row['busy']:.0%}"]
+    assert plain["kernels"] > ours["kernels"]  # the teacher twice
+
+
+def test_intervals_are_counted_and_united():
+    """Beside a time line of nanoseconds. Operations lie within each other; what a user names is none."""
+    x = torch.randn(300, 300)
+    with profile(activities=[ProfilerActivity.CPU]) as seen, record_function("all of it"):
+        for _ in range(3):
+            torch.nn.functional.linear(x, x).softmax(1)
+            time.sleep(0.01)
+    of_cpu = [e for e in seen.events() if e.name != "all of it"]
+    line = np.zeros(int(1000 * max(e.time_range.end for e in of_cpu)) + 1, dtype=bool)
+    for e in of_cpu:
+        line[round(1000 * e.time_range.start) : round(1000 * e.time_range.end)] = True
+    n, ms = bench_measure.at_work(seen.events(), DeviceType.CPU)
+    assert n == len(of_cpu) and ms == pytest.approx(line.sum() / 1e6, rel=1e-3)
+    assert ms < sum(e.time_range.elapsed_us() for e in of_cpu) / 1000
+    assert bench_measure.at_work(seen.events(), DeviceType.CUDA) == (0, 0)
+
+
+def test_no_kernels_are_seen_without_a_gpu():
+    assert bench_measure.kernels(list, 2, torch.device("cpu")) is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_of_a_gpu():
+    """Four, and no longer at work than the whole takes."""
+    device = torch.device("cuda")
+    x = torch.randn(4, 256, 256, device=device)
+    n, ms = bench_measure.kernels(lambda: [y.cos() for y in x], 5, device)
+    assert n == 4 and 0 < ms < bench_measure.timed(lambda: [y.cos() for y in x], 5, device) * 2
 
 
 # --- both sides train alike ---
@@ -262,8 +339,9 @@ def test_sides_take_turns_in_any_number():
         ([], ["steps"], [2, 5, 15]),
         (["--losses"], ["losses"], [2, 5, 15]),
         (["--epoch", "--together", "3", "4"], ["together", "epoch"], [3, 4]),
+        (["--teacher"], ["teacher"], [2, 5, 15]),
         (["--together", "--methods", "kd", "sp", "at", "kd"], ["together"], [2, 3]),
-        (["--all", "--methods", "kd", "--losses", "crd"], ["losses", "steps", "together", "epoch"], [1]),
+        (["--all", "--methods", "kd", "--losses", "crd"], ["steps", "together", "teacher", "epoch", "losses"], [1]),
     ],
 )
 def test_parts(args, parts, together):
@@ -274,9 +352,19 @@ def test_parts(args, parts, together):
 def test_all_takes_the_variants_that_make_sense(monkeypatch):
     for native in (True, False):
         monkeypatch.setattr(bench_steps, "native_bf16", lambda device, native=native: native)
-        on_cpu, on_gpu = (bench_steps.sensible("steps", torch.device(kind)) for kind in ("cpu", "cuda"))
-        assert on_cpu == (["fp32", "bf16_teacher", "bf16"] if native else ["fp32"])
-        assert set(on_cpu) | {"no_graph"} <= set(on_gpu) and ("compiled_bf16" in on_gpu) is native
+        for part, more in (("steps", {"nchw", "no_graph"}), ("together", {"streams"}), ("epoch", {"compiled_bf16"})):
+            on_cpu, on_gpu = (bench_steps.sensible(part, torch.device(kind)) for kind in ("cpu", "cuda"))
+            assert on_cpu == ([*["fp32", "bf16_teacher"][: 1 + (part == "steps")], "bf16"] if native else ["fp32"])
+            assert set(on_gpu) == {*on_cpu, *(more if native else more - {"compiled_bf16"})}
+
+
+def test_a_variant_of_the_layout_is_one(setting):
+    """Of both networks and the images; the teacher that is shared stays as it is."""
+    loop = OurLoop(setting, student_options(PAIR, 8, ["kd"], bench_steps.VARIANTS["nchw"]), False)
+    nets = loop.tracks[0].model, loop.step.teacher, setting.teacher.model
+    last = [any(p.dim() == 4 and not p.is_contiguous() for p in net.parameters()) for net in nets]
+    assert last == [False, False, True]
+    assert next(iter(loop.loader))[0].is_contiguous() and next(iter(loop.test_loader))[0].is_contiguous()
 
 
 @pytest.mark.parametrize("variant", bench_steps.VARIANTS)

@@ -3,13 +3,16 @@
 import copy
 import math
 import shutil
-from contextlib import nullcontext
+from collections import Counter, defaultdict
+from contextlib import contextmanager, nullcontext
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -20,7 +23,7 @@ from helper import graph
 from helper.interrupt import interrupt
 from helper.loops import learning_rate, train, validate
 from helper.options import parse_student, parse_teacher
-from helper.setup import Teacher, make_track, start, train_step
+from helper.setup import Teacher, layout_of, loaders, make_track, start, train_step
 from helper.step import Engine, TrainStep, sgd
 from helper.util import RunError
 from models import create_model
@@ -290,26 +293,206 @@ def test_what_cannot_be_recorded_is_run(teacher, tmp_path, recorders, capsys, mo
     assert recorders[1].replays == 0 and track.meters.steps == 5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", METHODS)
-def test_cuda_graphs_equal_eager_steps(name, teacher, tmp_path):
-    ends = []
-    for flag in ("--graph", "--no-graph"):
-        few = ["--nce_k", "6"] if name in ("crd", "rrd") else []
-        opt = parse_student(["--path_t", "x", "--distill", name, "--batch_size", "4", *few, flag])
-        device, net = torch.device("cuda"), copy.deepcopy(teacher).cuda()
-        track = make_track(name, "resnet8", tmp_path, opt, DATA, device, Teacher("resnet14", net))
+def on_cuda(names, teacher, tmp_path, *flags):
+    """-> the tracks' states; one fewer trains in the last epoch."""
+    few = ["--nce_k", "6"] if {"crd", "rrd"} & set(names) else []
+    opt = parse_student(["--path_t", "x", "--distill", *names, "--batch_size", "4", *few, *flags])
+    device, net = torch.device("cuda"), copy.deepcopy(teacher).cuda()
+    tracks = [make_track(name, "resnet8", tmp_path, opt, DATA, device, Teacher("resnet14", net)) for name in names]
+    for track in tracks:
         track.run = SimpleNamespace(scalars=lambda *_: None, close=lambda: None)
         track.start(opt)
-        step = train_step(opt, [track], net)
-        data = DeviceLoader(
-            DATA.train_images, DATA.train_labels, 4, mean=DATA.mean, std=DATA.std, augment=True, device=device
-        )
-        for epoch in (1, 2, 3):
+    step, (data, _) = train_step(opt, tracks, net), loaders(DATA, opt, device)
+    for live, epochs in ((tracks, (1, 2)), (tracks[1:] or tracks, (3,))):
+        step.live = live
+        for epoch in epochs:
             train(epoch, data, step, opt)
-        assert flag == "--no-graph" or (step.recorded.replay and not step.recorded.trouble)
-        ends.append([t.cpu() for t in state(track)])
+        assert not opt.graph or (step.recorded.replay and not step.recorded.trouble)
+    return [t.cpu() for track in tracks for t in state(track)]
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_gpu
+@pytest.mark.parametrize("name", METHODS)
+def test_cuda_graphs_equal_eager_steps(name, teacher, tmp_path):
+    ends = [on_cuda([name], teacher, tmp_path, flag) for flag in ("--graph", "--no-graph")]
     near(*ends, rtol=1e-3, atol=1e-4)
+
+
+# --- students on streams of their own ---
+
+
+class Streams(TorchDispatchMode):
+    """Watches on a CPU, whose operations never overlap, whether those on different streams wait for each other.
+
+    A stream knows how far each one was when it last waited for it (its clock). What touches a tensor must know of
+    whoever wrote it; who writes, of whoever read it; and so must the stream whose memory it was when it is freed.
+    """
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.clocks = defaultdict(Counter)  # stream -> stream -> operations
+        self.seen, self.faults = {}, []  # storage -> (weakly itself, stream, {stream: last read}, {stream: last write})
+        self.now = self.main = self.stream(None)
+        monkeypatch.setattr(graph.torch.cuda, "Stream", self.stream)
+        monkeypatch.setattr(graph.torch.cuda, "stream", self.on)
+        monkeypatch.setattr(graph.torch.cuda, "current_stream", lambda device: self.now)
+
+    def stream(self, device):
+        stream = SimpleNamespace()
+        stream.id = id(stream)
+        stream.wait_stream = lambda other: self.wait(stream, other)
+        return stream
+
+    def wait(self, stream, other):
+        self.freed()
+        self.clocks[stream.id] |= self.clocks[other.id]
+
+    @contextmanager
+    def on(self, stream):
+        before, self.now = self.now, stream
+        yield
+        self.now = before
+
+    def knows(self, stream, times):
+        return all(self.clocks[stream][other] >= time for other, time in times.items())
+
+    def freed(self):
+        for key, (weak, owner, *times) in list(self.seen.items()):
+            if weak.expired():
+                del self.seen[key]
+                if not all(self.knows(owner, of) for of in times):
+                    self.faults.append("freed while in use")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.freed()
+        out = func(*args, **(kwargs or {}))
+        me, schema = self.now.id, func._schema.arguments
+        self.clocks[me][me] += 1
+        given = dict(zip((s.name for s in schema), args, strict=False)) | (kwargs or {})
+        written = [given.get(s.name) for s in schema if s.alias_info and s.alias_info.is_write]
+        written = {storage_of(t) for t in tensors(written)}
+        for t in tensors([args, kwargs or {}, out]):
+            key = storage_of(t)
+            if key not in self.seen:
+                self.seen[key] = StorageWeakRef(t.untyped_storage()), me, {}, {}
+                written.add(key)
+            _, _, reads, writes = self.seen[key]
+            if not self.knows(me, writes) or (key in written and not self.knows(me, reads)):
+                self.faults.append(f"{func}: not waited for")
+            (writes if key in written else reads)[me] = self.clocks[me][me]
+        return out
+
+
+def storage_of(t):
+    return t.untyped_storage()._cdata
+
+
+def on_streams(teacher, tmp_path, device, each):
+    """Steps of four students, of which some end and join; -> the students."""
+    names = ["kd", "hint", "crd", "rrd"]
+    tracks = [setting(name, teacher, tmp_path)[1] for name in names]
+    step = TrainStep(tracks, teacher, engine=Engine(each=each))
+    with device:
+        for step.running in (tracks, tracks[2:], tracks[:1], tracks):
+            for batch in islice(loader(), 2):
+                step(*batch)
+            for track in tracks:
+                track.meters.read()
+    return tracks
+
+
+def test_streams_wait_for_what_they_use(teacher, tmp_path, monkeypatch):
+    watch = Streams(monkeypatch)
+    tracks = on_streams(teacher, tmp_path, watch, graph.CudaStreams(CPU))
+    assert not watch.faults
+    assert len(watch.clocks) == 1 + len(tracks)  # each keeps its own
+    others = on_streams(teacher, tmp_path, nullcontext(), graph.in_turn)
+    for track, other in zip(tracks, others, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(state(track), state(other), strict=True))
+
+
+@pytest.mark.parametrize("missing", ["fork", "join"])
+def test_a_stream_that_does_not_wait_is_seen(missing, teacher, tmp_path, monkeypatch):
+    watch = Streams(monkeypatch)
+    wait, skipped = watch.wait, {"fork": 1, "join": 0}[missing]
+    monkeypatch.setattr(watch, "wait", lambda *pair: pair[skipped] is watch.main or wait(*pair))
+    on_streams(teacher, tmp_path, watch, graph.CudaStreams(CPU))
+    assert any("not waited for" in fault for fault in watch.faults)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_memory_that_is_freed_before_the_join_is_seen(held, monkeypatch):
+    """What TrainStep must not do with the batch and the teacher's features."""
+    watch, kept = Streams(monkeypatch), []
+    tracks = [SimpleNamespace(name=name) for name in "ab"]
+    with watch:
+        given = {"a": torch.ones(3), "b": torch.ones(3)}
+        kept += given.values() if held else ()
+        graph.CudaStreams(CPU)(tracks, lambda track: given.pop(track.name).add(1))
+    assert watch.faults == ([] if held else ["freed while in use"] * 2)
+
+
+def test_a_track_keeps_its_stream(monkeypatch):
+    """What it made in one step and frees in the next is written to by none beside it."""
+    watch, each, made = Streams(monkeypatch), graph.CudaStreams(CPU), {}
+
+    def update(track):
+        made[track.name] = made.pop(track.name, torch.ones(3)).add(1)
+
+    with watch:
+        for names in ("ab", "ba"):
+            each([SimpleNamespace(name=name) for name in names], update)
+    assert not watch.faults and made["a"].tolist() == [3, 3, 3]
+
+
+def test_steps_on_streams_are_recorded(teacher, tmp_path, recorders, monkeypatch):
+    Streams(monkeypatch)
+    ends = []
+    for engine in (Engine(recorder=Recorder, each=graph.CudaStreams(CPU)), Engine()):
+        (opt, kd), (_, crd) = (setting(name, teacher, tmp_path) for name in ("kd", "crd"))
+        epochs_of(TrainStep([kd, crd], teacher, engine=engine), opt, (1, 2))
+        ends.append([*state(kd), *state(crd)])
+    assert recorders[0].replays == 5 and all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_streams_are_of_a_gpu(teacher, tmp_path):
+    opt, track = setting("kd", teacher, tmp_path, "--streams")
+    assert train_step(opt, [track], teacher).engine.each is graph.in_turn
+
+
+@on_gpu
+@pytest.mark.parametrize("flag", ["--graph", "--no-graph"])
+def test_cuda_streams_equal_one(flag, teacher, tmp_path):
+    names = ["kd", "hint", "attention", "crd", "rrd", "icd"]
+    near(*(on_cuda(names, teacher, tmp_path, flag, *more) for more in (["--streams"], [])), rtol=1e-3, atol=1e-4)
+
+
+# --- layout ---
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_layout_changes_nothing_but_rounding(name, teacher, tmp_path):
+    losses, less = [], ["-b", "300"] if name == "pkt" else []  # its weight of 30,000 is one of the rounding, too
+    for flag in ("--channels_last", "--no-channels_last"):
+        opt, track = setting(name, teacher, tmp_path, flag, "--learning_rate", "0.001", *less)
+        layout = {"--channels_last": torch.channels_last, "--no-channels_last": torch.contiguous_format}[flag]
+        net = Teacher("resnet14", copy.deepcopy(teacher), DATA.n_cls)
+        net.fit_for(DATA, CPU, layout_of(opt))
+        data, test = loaders(DATA, opt, CPU)
+        step = train_step(opt, [track], net.model)
+        params = [*track.model.parameters(), *net.model.parameters()]
+        weights = [p for p in params if p.dim() == 4 and p.size(2) > 1]
+        for images, target, index in islice(data, 3):
+            step(images, target, index)
+            maps = step.know(images).get(False, ([],))[0][:-1] + track.network(images, False)[0][:-1]
+            for x in (images, next(iter(test))[0], *maps, *weights):
+                assert x.is_contiguous(memory_format=layout)
+                assert min(x.shape[1:]) == 1 or x.is_contiguous() != x.is_contiguous(memory_format=torch.channels_last)
+            losses.append(track.meters.read()["loss"])
+    torch.testing.assert_close(losses[:3], losses[3:], rtol=1e-5, atol=0)
 
 
 # --- precision ---
