@@ -9,18 +9,21 @@ import pickle
 import re
 import struct
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from helper.audit import audited
 from helper.util import RunError
 from models import create_model, model_dict
 from models.util import head, known_first
 
+LARGEST_IMAGE = 1024  # pixels a side, as --image_size takes at most
+LONGEST_NAME = 60
 FORMATS = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q", "b1": "?"}  # of numbers, numpy's and struct's
 MOST_CLASSES = 100_000  # more in a file is damage
+LARGEST_TEXT = 2**26  # bytes; metrics.jsonl grows by 400 an epoch
 
 
 class Dtype:
@@ -47,6 +50,19 @@ FOREIGN = [
 ]
 
 
+def _channels(values: object) -> bool:
+    return isinstance(values, list) and len(values) == 3 and all(isinstance(v, float) and 0 <= v <= 1 for v in values)
+
+
+# What a checkpoint of ours says of its data; published ones do not.
+SAID = {
+    "dataset": lambda name: isinstance(name, str) and len(name) <= LONGEST_NAME,
+    "image_size": lambda size: type(size) is int and 0 < size <= LARGEST_IMAGE,
+    "mean": _channels,
+    "std": _channels,
+}
+
+
 def save(path: Path, content: dict) -> None:
     """Write a checkpoint so that `path` holds the old file or the whole new one, never a part."""
     buffer = io.BytesIO()
@@ -68,6 +84,13 @@ def write(path: Path, content: bytes | memoryview) -> None:
         raise RunError(f"{path}: cannot be written ({error.strerror}); what was there is as it was") from error
 
 
+def read_text(path: Path) -> bytes:
+    """Text that a run wrote. A pipe would be waited for, and what is too large is not ours: ValueError."""
+    if not path.is_file() or path.stat().st_size > LARGEST_TEXT:
+        raise ValueError(f"not a file of at most {LARGEST_TEXT:,} bytes")
+    return path.read_bytes()
+
+
 def load(path: str | Path) -> dict:
     """Read a checkpoint; only tensors and plain types (and FOREIGN) are accepted."""
     path = Path(path)
@@ -76,18 +99,11 @@ def load(path: str | Path) -> dict:
     if path.stat().st_size == 0:
         raise RunError(f"{path}: the checkpoint is empty")
     try:
-        # torch.load does not look at the archive's checksums: a flipped bit would pass
-        if zipfile.is_zipfile(path) and (member := zipfile.ZipFile(path).testzip()):
-            raise RunError(f"{path}: damaged ({member} does not match its checksum)")
         with torch.serialization.safe_globals(FOREIGN), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickles: what can be read is read, all else is refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(audited(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        why = f": reading it would run code ({asked[1]})" if asked else ""
-        raise RunError(f"{path}: refused, not a plain checkpoint of tensors{why}") from error
-    except RunError:
-        raise
+        raise RunError(f"{path}: refused, not a plain checkpoint of tensors ({_reason(error)})") from error
     except Exception as error:  # torch raises a dozen kinds for a damaged file
         raise RunError(f"{path}: damaged or not a checkpoint ({_reason(error)})") from error
     if not isinstance(content, dict):
@@ -105,7 +121,7 @@ def arch_of(path: Path, content: dict, arch: str | None, flag: str = "--model_t"
     opt = content.get("opt")  # RepDistiller's last checkpoints hold their options: a student's, or a teacher's
     options = vars(opt) if isinstance(opt, argparse.Namespace) else {}
     for name in (arch, content.get("arch"), options.get("model_s"), options.get("model")):
-        if name and isinstance(name, str):
+        if isinstance(name, str) and name:
             return name
     # not resolve(): a link in such a folder is named by it; RepDistiller's students are in S:<student>_T:<teacher>_...
     folder = path.absolute().parent.name.removeprefix("S:")
@@ -134,30 +150,48 @@ def load_network(
     content = load(path)
     arch = arch_of(path, content, arch, flag)
     if arch not in model_dict:
-        raise RunError(f"{path}: its network '{arch}' is unknown; known: {', '.join(known_first(arch, model_dict))}")
+        known = ", ".join(known_first(arch[:LONGEST_NAME], model_dict))
+        raise RunError(f"{path}: its network '{arch[:LONGEST_NAME]}' is unknown; known: {known}")
     state = state_of(path, content)
-    model = create_model(arch, 2)
-    name = next(name for name, module in model.named_modules() if module is head(model))
-    bias = state.get(f"{name}.bias")
-    n_cls = len(bias) if bias is not None and bias.dim() == 1 and 0 < len(bias) <= MOST_CLASSES else 2
+    with torch.device("meta"):  # networks without memory, to look at
+        model = create_model(arch, 2)
+        name = next(name for name, module in model.named_modules() if module is head(model))
+        bias = state.get(f"{name}.bias")
+        n_cls = len(bias) if bias is not None and bias.dim() == 1 and 0 < len(bias) <= MOST_CLASSES else 2
+        own = create_model(arch, n_cls).state_dict()
+    try:
+        check_state(arch, own, state)
+    except ValueError as error:
+        raise RunError(f"{path}: {error}") from error
     model = create_model(arch, n_cls)
-    _check_state(path, arch, model.state_dict(), state)
     model.load_state_dict(state)
-    about = {key: value for key, value in content.items() if key != "model"} if "model" in content else {}
-    return arch, n_cls, model.eval(), about
+    return arch, n_cls, model.eval(), _about(path, content) if "model" in content else {}
+
+
+def _about(path: Path, content: dict) -> dict:
+    """What a file says beside its weights."""
+    about = {key: value for key, value in content.items() if key != "model"}
+    for key, right in SAID.items():
+        if key in about and not right(about[key]):
+            raise RunError(f"{path}: what it says of its data cannot be read ({key})")
+    return about
 
 
 def _plain(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
-def _check_state(path: Path, arch: str, own: dict, state: dict) -> None:
+def check_state(arch: str, own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+    """Whether a state is that of a trained network like `own`; ValueError if not."""
     absent, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if absent or foreign:
         what = f"lacks {absent[0]}" if absent else f"has {foreign[0]} besides"
-        raise RunError(f"{path}: not a {arch}: {what} ({len(absent)} tensors missing, {len(foreign)} unknown)")
+        raise ValueError(f"not a {arch}: {what} ({len(absent)} tensors missing, {len(foreign)} unknown)")
     for key, value in state.items():
         if value.shape != own[key].shape:
-            raise RunError(f"{path}: {key} is {list(value.shape)}, a {arch} has {list(own[key].shape)}")
-        if value.is_floating_point() != own[key].is_floating_point() or not value.isfinite().all():
-            raise RunError(f"{path}: {key} holds what no trained network does (NaN, infinity, or another type)")
+            raise ValueError(f"{key} is {list(value.shape)}, a {arch} has {list(own[key].shape)}")
+        same_kind = value.is_floating_point() == own[key].is_floating_point()
+        if not same_kind or not value.to(own[key].dtype).isfinite().all():
+            raise ValueError(f"{key} holds what no trained network does (NaN, infinity, or another type)")
+        if key.endswith("running_var") and (value < 0).any():
+            raise ValueError(f"{key} holds a variance below zero")

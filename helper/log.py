@@ -60,9 +60,9 @@ class Run:
             return None
         self.lock = lock(self.folder)  # before its state is read
         try:
-            config = json.loads(path.read_text())
+            config = json.loads(checkpoint.read_text(path))
             before, self.parts = comparable(config), list(config["parts"])
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise RunError(f"{path}: cannot be read ({error}): choose another --trial or --output") from error
         now = comparable(json.loads(json.dumps(self.config)))
         differ = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in now if before.get(key) != now[key]]
@@ -75,12 +75,7 @@ class Run:
         return checkpoint.load(state)
 
     def open(self, epoch: int = 0, init_epoch: int = 0) -> None:
-        """Make the folder, or take it up again after so many epochs, and those of a first stage.
-
-        TensorBoard is imported here: it takes a second that wrong options need not wait for.
-        """
-        from torch.utils.tensorboard import SummaryWriter
-
+        """Make the folder, or take it up again after so many epochs, and those of a first stage."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = self.lock or lock(self.folder)
@@ -91,7 +86,6 @@ class Run:
             }
             checkpoint.write(self.folder / "config.json", (json.dumps(about, indent=1) + "\n").encode())
             self.forget_after(epoch, init_epoch)
-            self.writer = SummaryWriter(str(self.folder))
         except OSError as error:
             raise RunError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
@@ -100,13 +94,19 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if path.exists():
             try:
-                lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+                lines = checkpoint.read_text(path).splitlines(keepends=True)
+                lines = [line for line in lines if line.endswith(b"}\n")]
                 kept = [line for line in lines if is_done(json.loads(line), epoch, init_epoch)]
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise RunError(f"{path}: damaged ({error}): choose another --trial or --output") from error
-            checkpoint.write(path, "".join(kept).encode())
+            checkpoint.write(path, b"".join(kept))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
+        """Points of curves. TensorBoard is imported here: it takes a second that wrong options need not wait for."""
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder))
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
 

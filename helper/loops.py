@@ -78,9 +78,9 @@ def pause(step: TrainStep, epoch: int) -> None:
 
 
 def close_failed(step: TrainStep, epoch: int) -> None:
-    """A track whose loss was not finite ends here."""
+    """A track that is no longer finite ends here."""
     for track in step.live:
-        if trouble := track.meters.trouble():
+        if trouble := track.trouble():
             stop(track, f"epoch {epoch}, {trouble}")
     step.live = [track for track in step.live if not track.failed]
 

@@ -229,7 +229,9 @@ def make_track(
     if state := run.resume(opt.resume):
         try:
             track.load_state_dict(state)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if track.epoch > opt.epochs:
+                raise ValueError(f"epoch {track.epoch} of {opt.epochs}")
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise RunError(f"{folder / 'resume.pth'}: does not fit this run ({error})") from error
     return track
 

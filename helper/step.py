@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from dataset.loader import DeviceLoader
 from distiller_zoo import Distiller, kd_loss
+from helper.checkpoint import check_state
 from helper.graph import CudaGraphs, RecordedStep, in_turn
 from helper.log import Run
 from helper.util import RunError
 from models.util import head
 
 TERMS = ("loss", "cls", "div", "kd")  # the sum, cross-entropy, KL, the method's own; the last three unweighted
+MOST = 1e9  # epochs, steps, percent, seconds: more in a file is damage
 
 
 # where a track is: epochs of the first stage and of the main one that are done, steps of the next; and what it reached
@@ -163,12 +165,15 @@ class Track:
         if not self.resumed:
             return
         lr = self.optimizer.param_groups[0]["lr"]
+        unused = set() if self.own_term else set(self.distiller.parameters())
         try:
-            self.optimizer.load_state_dict(self.resumed)
-            for p, state in self.optimizer.state.items():
-                if state["momentum_buffer"] is not None and state["momentum_buffer"].shape != p.shape:
-                    raise ValueError(f"momentum of shape {list(state['momentum_buffer'].shape)} for {list(p.shape)}")
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            # all but the momentum is as the options say
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": self.resumed["state"]})
+            for p in self.optimizer.param_groups[0]["params"] if self.optimizer.state else ():
+                momentum = self.optimizer.state[p].get("momentum_buffer")
+                if p not in unused if momentum is None else momentum.shape != p.shape:
+                    raise ValueError(f"no momentum of shape {list(p.shape)}")
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise RunError(f"{self.run.folder / 'resume.pth'}: does not fit this run ({error})") from error
         self.optimizer.param_groups[0]["lr"] = lr
         self.resumed = None  # its copies would be held through the run
@@ -181,14 +186,18 @@ class Track:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from an earlier state; the optimizer's waits for start(), as parameters may be frozen before."""
+        for name in ("model", "distiller", "optimizer", "meters"):
+            if not isinstance(state[name], dict):
+                raise TypeError(f"{name} is no dictionary")
+        check_state(self.run.arch, self.model.state_dict(), state["model"])
         self.model.load_state_dict(state["model"])
         self.distiller.load_state_dict(state["distiller"])
         self.resumed = state["optimizer"]
         self.meters.load(state["meters"])
         for name in REACHED:
             kind = type(getattr(self, name))
-            if type(state[name]) is not kind:
-                raise TypeError(f"{name} is not of type {kind.__name__}")
+            if type(state[name]) is not kind or not -1 <= state[name] <= MOST:  # NaN is not, either
+                raise TypeError(f"{name} is no {kind.__name__} that can be reached")
             setattr(self, name, state[name])
 
     def tick(self) -> None:
@@ -203,6 +212,15 @@ class Track:
     def train(self) -> None:
         self.model.train()
         self.distiller.train()
+
+    def trouble(self) -> str:
+        """What is not finite, or ''. Waits for the device."""
+        if said := self.meters.trouble():
+            return said
+        state = {key: value for key, value in self.model.state_dict().items() if value.is_floating_point()}
+        finite = torch.stack([value.isfinite().all() for value in state.values()]).tolist()
+        bad = [key for key, well in zip(state, finite, strict=True) if not well]
+        return f"step {self.step}: {bad[0]} is not finite" if bad else ""
 
     def fail(self, reason: str) -> None:
         """Close this track; those beside it go on."""

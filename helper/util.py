@@ -29,7 +29,8 @@ def one_sentence(main: Callable[[], int | None]) -> Callable[[], int]:
     """Let `main` end a run that cannot be done with one sentence and exit code 2, not a traceback."""
 
     def say(what: object) -> None:
-        print(f"{Path(sys.argv[0]).name}: {what}", file=sys.stderr)
+        line = "".join(c if c.isprintable() else " " for c in str(what))  # text of a damaged file may be in it
+        print(f"{Path(sys.argv[0]).name}: {line:.1000}", file=sys.stderr)
 
     def caught() -> int:
         try:

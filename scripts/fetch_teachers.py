@@ -169,7 +169,11 @@ class Teachers:
         self.folder, self.lock = folder, folder / "teachers.lock"
         self.recorded = {}
         if self.lock.exists():
-            for line in self.lock.read_text(errors="replace").splitlines():
+            try:
+                lines = checkpoint.read_text(self.lock).decode(errors="replace").splitlines()
+            except ValueError as error:
+                raise RunError(f"{self.lock}: cannot be read ({error})") from error
+            for line in lines:
                 if not (found := re.fullmatch(r"([0-9a-f]{64}) [ *](\S+)", line)):
                     raise RunError(f"{self.lock}: not lines of SHA-256 and file: {line[:80]!r}")
                 self.recorded[found[2]] = found[1]
@@ -199,6 +203,8 @@ class Teachers:
 
     def checked(self, name: str, file: Path) -> str:
         """SHA-256 of a file that holds the teacher of this name."""
+        if not file.is_file():
+            raise SourceError("not a file")
         digest, expected = sha256(file), SHA256.get(name, self.recorded.get(FILE.format(name)))
         if expected and digest != expected:
             raise SourceError(f"its SHA-256 is {digest}, not {expected}")
@@ -246,7 +252,7 @@ def from_archive(url: str, names: list[str], teachers: Teachers) -> dict[str, st
                         failed[name] = str(error)
     except RunError:
         raise
-    except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
+    except (tarfile.TarError, EOFError, MemoryError, OverflowError, ValueError) as error:  # sizes in it may be lies
         discard(part)
         return dict.fromkeys(failed, f"not a readable archive ({error})")
     if not failed:

@@ -32,6 +32,7 @@ STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SUFFIXES = (".png", ".pdf")
 
+LONGEST, LARGEST = 120, 1e30  # of a name and of a number that is shown
 RESULTS = ("train_acc", "train_loss", "test_acc", "test_loss", "seconds")  # of an epoch's line in metrics.jsonl
 
 
@@ -110,16 +111,21 @@ def read_config(folder: Path) -> dict:
     """Name and place of a run, from its config.json."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(checkpoint.read_text(path))
         return {
-            "name": name_of(config),
-            "trial": f"trial {config['opt']['trial']}",
-            "dataset": str(config["dataset"]),
+            "name": shown(name_of(config)),
+            "trial": shown(f"trial {config['opt']['trial']}"),
+            "dataset": shown(config["dataset"]),
             "params": int(config["params"]),
             "order": (config["role"] != "teacher", path.stat().st_mtime_ns),
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise RunError(f"{path}: not a run's configuration ({error!r})") from error
+
+
+def shown(name: object) -> str:
+    """A name from a file, as far as a table and a picture have place for it."""
+    return "".join(c if c.isprintable() else " " for c in str(name)[:LONGEST])
 
 
 def name_of(config: dict) -> str:
@@ -135,13 +141,17 @@ def name_of(config: dict) -> str:
 def read_lines(path: Path) -> list[dict]:
     """Lines of metrics.jsonl."""
     lines = []
-    for n, text in enumerate(path.read_bytes().splitlines(), 1):
+    try:
+        texts = checkpoint.read_text(path).splitlines()
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error})") from error
+    for n, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
             needed = ("init_epoch", "init_train_loss") if "init_epoch" in line else ("epoch", *RESULTS)
-            if not all(isinstance(line[key], int | float) for key in needed):
-                raise TypeError("not a number")
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(isinstance(line[key], int | float) and abs(line[key]) < LARGEST for key in needed):
+                raise TypeError("not a number that can be drawn")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunError(f"{path}: line {n} is damaged ({error!r})") from error
         lines.append(line)
     return lines

@@ -338,13 +338,13 @@ def pickled(torch_format):
 
 
 NO_TEACHERS = {
-    "text": (lambda: b"<html>not here</html>", "refused, not a plain checkpoint"),
+    "text": (lambda: b"<html>not here</html>", "not a checkpoint (it begins like none)"),
     "empty": (lambda: b"", "bytes"),
     "a checkpoint that runs code": (
         lambda: pickled(True),
-        "refused, not a plain checkpoint of tensors: reading it would",
+        "refused, not a plain checkpoint of tensors (it asks for",
     ),
-    "a pickle that runs code": (lambda: pickled(False), "refused, not a plain checkpoint"),
+    "a pickle that runs code": (lambda: pickled(False), "not a checkpoint (it begins like none)"),
     "another network": (lambda: published("resnet20"), "not a resnet56: lacks layer"),
     "other classes": (lambda: published("resnet56", 10), "has 10 classes, not 100"),
     "cut": (lambda: published("resnet56")[:1_000_000], "damaged or not a checkpoint"),

@@ -176,8 +176,8 @@ def without(state, *keys):
         (lambda s: without(s, "fc.bias"), "not a resnet8: lacks fc.bias (1 tensors missing, 0 unknown)"),
         (lambda s: {**s, "fc.bias": s["fc.bias"][:5]}, "fc.weight is [7, 64], a resnet8 has [5, 64]"),
         (lambda s: {**s, "fc.bias": s["fc.weight"]}, "fc.weight is [7, 64], a resnet8 has [2, 64]"),
-        (lambda s: {**s, "fc.bias": torch.zeros(1).expand(10**9)}, "fc.weight is [7, 64], a resnet8 has [2, 64]"),
-        (lambda s: {**s, "fc.weight": s["fc.weight"].to_sparse()}, "holds no network weights"),
+        (lambda s: {**s, "fc.bias": torch.zeros(1).expand(10**9)}, "a tensor is larger than its storage"),
+        (lambda s: {**s, "fc.weight": s["fc.weight"].to_sparse()}, "(it asks for torch._utils._rebuild_sparse_tensor)"),
         (lambda s: {**s, "fc.weight": s["fc.weight"].long()}, "fc.weight holds what no trained network does"),
         (lambda s: {**s, "fc.weight": s["fc.weight"] / 0}, "fc.weight holds what no trained network does"),
         (lambda s: {**s, "convs": s["fc.bias"]}, "not a resnet8: has convs besides (0 tensors missing, 1 unknown)"),
@@ -203,11 +203,11 @@ class Call:
 
 
 ATTACKS = {
-    "in the weights": (lambda: {"model": Call(os.system, "touch evil")}, r"\((posix|nt)\.system\)"),
-    "in the options": (lambda: {"opt": argparse.Namespace(x=Call(exec, "open('evil', 'w')"))}, r"\(exec\)"),
-    "as the file": (lambda: Call(Path.touch, Path("evil")), r"\(getattr\)"),
-    "a whole network": (lambda: create_model("resnet8", 2), r"\(models\.resnet\.ResNet\)"),
-    "an array": (lambda: {"lr": np.zeros(2)}, r"\(numpy\._?core\.multiarray\._reconstruct\)"),
+    "in the weights": (lambda: {"model": Call(os.system, "touch evil")}, r"\(it asks for (posix|nt)\.system\)"),
+    "in the options": (lambda: {"opt": argparse.Namespace(x=Call(exec, "open('evil', 'w')"))}, r"\(it asks for exec\)"),
+    "as the file": (lambda: Call(Path.touch, Path("evil")), r"\(it asks for getattr\)"),
+    "a whole network": (lambda: create_model("resnet8", 2), r"\(it asks for models\.resnet\.ResNet\)"),
+    "an array": (lambda: {"lr": np.zeros(2)}, r"\(it asks for numpy\._?core\.multiarray\._reconstruct\)"),
 }
 
 
@@ -218,7 +218,7 @@ def test_no_code_is_run(attack, as_zip, state, tmp_path, monkeypatch):
     content, said = ATTACKS[attack]
     path = tmp_path / "resnet8_vanilla.pth"
     torch.save(content(), path, _use_new_zipfile_serialization=as_zip)
-    with pytest.raises(RunError, match=f"refused, not a plain checkpoint of tensors: reading it would run code {said}"):
+    with pytest.raises(RunError, match=f"refused, not a plain checkpoint of tensors {said}"):
         checkpoint.load_network(path, "resnet8")
     assert not Path("evil").exists()
     if attack in ("in the weights", "in the options"):  # it would have worked

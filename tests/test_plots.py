@@ -476,7 +476,7 @@ def bad(script, args, said):
         bad(plot_curves, ["nowhere"], "nowhere holds no run with a finished epoch"),
         bad(plot_curves, [], "arguments are required: FOLDER"),
         bad(plot_tsne, ["--path", "nowhere.pth"], "nowhere.pth: no such checkpoint file"),
-        bad(plot_tsne, ["--path", "file"], "file: refused, not a plain checkpoint"),
+        bad(plot_tsne, ["--path", "file"], "file: damaged or not a checkpoint (it begins like none)"),
         bad(plot_tsne, ["--path", "unnamed.pth"], "pass --model"),
         bad(plot_tsne, ["--path", "seven.pth", "--of", "logits"], "was trained for 7 classes, the data set has 3"),
         bad(plot_tsne, ["--path", "{path_t}", "--samples", "3"], "argument --samples: 3 is out of range (at least 4)"),

@@ -267,10 +267,10 @@ def damaged(kind, teacher, folder):
     [
         ("truncated", "damaged or not a checkpoint"),
         ("empty", "the checkpoint is empty"),
-        ("flipped bit", "does not match its checksum"),
+        ("flipped bit", "Bad CRC-32"),
         ("nan", "holds what no trained network does"),
         ("keys", "holds no network weights"),
-        ("text", "refused, not a plain checkpoint"),
+        ("text", "not a checkpoint (it begins like none)"),
         ("code", "refused, not a plain checkpoint"),
         ("list", "not a checkpoint but a list"),
         ("unnamed", "pass --model_t"),

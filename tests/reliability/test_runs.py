@@ -18,8 +18,10 @@ from dataset import DataSource
 from distiller_zoo import Alone, distiller_dict
 from helper import checkpoint
 from helper.interrupt import EXIT
+from helper.loops import close_failed
 from helper.options import parse_teacher
-from helper.setup import hold_out
+from helper.setup import hold_out, teacher_track
+from helper.step import TrainStep
 from helper.util import RunError
 from models import create_model
 from scripts import pictures, report
@@ -126,6 +128,19 @@ def test_the_last_good_state_is_kept(data, path_t, tmp_path, monkeypatch, capsys
     for path in folder.glob("*.pth"):
         content = checkpoint.load(path)
         assert all(value.isfinite().all() for value in content["model"].values())
+
+
+def test_statistics_that_overflow_end_a_track(capsys):
+    """With finite losses: batch norm does not use them in training, and divides by them in validation."""
+    opt = parse_teacher(["--model", "resnet8", "--device", "cpu"])
+    images, labels = np.zeros((6, 8, 8, 3), np.uint8), np.arange(6) % 3
+    source = DataSource(images, labels, images, labels, 3, (0.5,) * 3, (0.2,) * 3, ("a", "b", "c"))
+    tracks = [teacher_track(opt, source, torch.device("cpu")) for _ in range(2)]
+    tracks[0].model.bn1.running_var[1] = torch.inf
+    step = TrainStep(tracks)
+    close_failed(step, 4)
+    assert step.live == tracks[1:] and tracks[0].failed == "epoch 4, step 0: bn1.running_var is not finite"
+    assert capsys.readouterr().err == f"resnet8: stopped, {tracks[0].failed}\n"
 
 
 def test_detect_anomaly_names_the_operation(data, path_t, tmp_path, monkeypatch, capsys):
