@@ -140,7 +140,7 @@ def add_engine_options(parser: Parser) -> None:
         "--precision",
         choices=PRECISIONS,
         default="fp32",
-        help="of the networks (fp32); auto: bf16 once proven as accurate",
+        help="of the networks (fp32); auto: bf16 where the device computes in it",
     )
     add("--compile", action="store_true", help="fuse the networks' kernels; pays for runs of more than some minutes")
     add("--graph", action=argparse.BooleanOptionalAction, default=True, help="on CUDA, record whole steps (on)")

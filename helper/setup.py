@@ -27,7 +27,7 @@ from helper.log import Run
 from helper.options import plain, weights_of
 from helper.probe import Probe
 from helper.step import Engine, Track, TrainStep
-from helper.util import RunError, choose_device, keep_buffers, seed_all, stream
+from helper.util import RunError, choose_device, keep_buffers, native_bf16, seed_all, stream
 from models import create_model
 from models.util import feature_shapes
 
@@ -84,7 +84,7 @@ def start(opt: argparse.Namespace) -> torch.device:
     torch.backends.cudnn.benchmark = not opt.deterministic  # the fastest algorithms, by trial
     for key in ("precision", "precision_t"):
         if getattr(opt, key, None) == "auto":
-            setattr(opt, key, "fp32")  # bf16 has not been shown to be as accurate for every method: docs/benchmarks.md
+            setattr(opt, key, "bf16" if native_bf16(device) else "fp32")  # as accurate: docs/benchmarks.md
     return device
 
 

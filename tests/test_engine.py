@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from dataset import DataSource
 from dataset.loader import DeviceLoader
 from distiller_zoo import distiller_dict, kd_loss
-from helper import graph
+from helper import graph, setup
 from helper.interrupt import interrupt
 from helper.loops import learning_rate, train, validate
 from helper.options import parse_student, parse_teacher
@@ -534,10 +534,12 @@ def test_compiling_needs_a_compiler(monkeypatch):
         start(parse_student(["--path_t", "x", "--compile", "--device", "cpu"]))
 
 
-def test_auto_precision_is_settled_before_the_run():
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_auto_precision_is_settled_before_the_run(native, precision, monkeypatch):
+    monkeypatch.setattr(setup, "native_bf16", lambda device: native)
     opt = parse_student(["--path_t", "x", "--precision", "auto", "--device", "cpu"])
     assert start(opt) == CPU
-    assert opt.precision == "fp32" and opt.precision_t is None
+    assert opt.precision == precision and opt.precision_t is None
 
 
 def test_the_last_shape_is_not_taken_for_the_batch(recorders):
