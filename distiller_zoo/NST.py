@@ -29,11 +29,17 @@ def discrepancy(f_s: Tensor, f_t: Tensor) -> Tensor:
     a, b = f_s.flatten(2), f_t.flatten(2)  # (B, C, H * W)
     if a.size(2) <= min(a.size(1), b.size(1)):
         a, b = F.normalize(a, dim=2), F.normalize(b, dim=2)
-        distance = a.transpose(1, 2) @ a / a.size(1) - b.transpose(1, 2) @ b / b.size(1)  # (B, H * W, H * W)
+        distance = gram(a.transpose(1, 2)) / a.size(1) - gram(b.transpose(1, 2)) / b.size(1)  # (B, H * W, H * W)
         return distance.square().sum((1, 2)).mean()
-    aa, bb, ab = (x @ y.transpose(1, 2) for x, y in ((a, a), (b, b), (a, b)))  # (B, C, C), the norms on the diagonals
+    aa, bb, ab = gram(a), gram(b), a @ b.transpose(1, 2)  # (B, C, C), the norms on the diagonals
     a, b = (xx.diagonal(dim1=1, dim2=2).clamp(min=EPS**2).rsqrt() for xx in (aa, bb))  # (B, C)
     return kernel(b, bb, b) + kernel(a, aa, a) - 2 * kernel(a, ab, b)
+
+
+def gram(a: Tensor) -> Tensor:
+    """(B, C, D) -> a a^T, whose gradient comes by one product instead of two: what is made of it here is symmetric."""
+    products = a @ a.detach().transpose(1, 2)  # half the gradient
+    return 2 * products - products.detach()
 
 
 def kernel(a: Tensor, products: Tensor, b: Tensor) -> Tensor:
