@@ -47,6 +47,8 @@ def _key(folder, size, sources):
 
 def _load(path, key, size):
     """The kept set; None if there is none, if it is of other sources, or damaged."""
+    if not path.is_file():  # a pipe would be waited for
+        return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:  # a zip file: it has CRC32s
             if sum(member.file_size for member in kept.zip.infolist()) > path.stat().st_size:  # _write() packs nothing
@@ -71,6 +73,7 @@ def _fits(source, size):
         and all(labels.dtype == np.int64 and labels.ndim == 1 for _, labels in pairs)
         and all(0 <= labels.min() <= labels.max() < n_cls == len(names) for _, labels in pairs)
         and all(isinstance(name, str) for name in names)
+        and type(n_cls) is int
         and len(mean) == len(std) == 3
         and all(map(math.isfinite, mean + std))
         and min(std) > 0

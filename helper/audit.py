@@ -12,24 +12,38 @@ import pickle
 import zipfile
 from pathlib import Path
 
+import torch
+
 ZIP, OLD = b"PK\3\4", b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # how torch's two formats begin
+LARGEST = 2**22  # bytes of a pickle, some 25,000 tensors; its objects take 70 times as much
+MOST_DIMS = 64
 USED = (
     "PROTO STOP MARK GLOBAL REDUCE NEWOBJ BUILD BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE "
     "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
     "EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS"
 )
-MOST_DIMS = 64
-LONGEST_NUMBER = 16  # bytes of one of numpy's
-
-SIZES = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2, "Long": 8, "Int": 4, "Short": 2, "Char": 1, "Byte": 1}
-SIZES = {f"torch.{name}Storage": size for name, size in {**SIZES, "Bool": 1}.items()}  # bytes of an element
+BITS = {"Double": 64, "Float": 32, "Half": 16, "BFloat16": 16, "Long": 64, "Int": 32, "Short": 16, "Char": 8, "Byte": 8}
+SIZES = {f"torch.{name}Storage": bits // 8 for name, bits in {**BITS, "Bool": 8}.items()}  # bytes of an element
+DTYPES = {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
-class Object(dict):
-    """Stands for what takes no more memory than its file: a dictionary, options, a number of numpy's."""
+class Mapping(dict):
+    """Stands for an OrderedDict."""
 
-    def __init__(self) -> None:  # of nothing else
+    def __init__(self) -> None:  # of nothing: what fills it is looked at
         super().__init__()
+
+
+class Options:
+    """Stands for an argparse.Namespace."""
+
+
+class Value:
+    """Stands for what is made of checked values: numbers, dtypes, sets."""
+
+    def __init__(self, *args: object):
+        if not all(is_plain(item) for arg in args for item in (arg if isinstance(arg, list | tuple | dict) else [arg])):
+            raise ValueError("a value made of other than plain ones")
 
 
 class Storage(int):
@@ -39,8 +53,8 @@ class Storage(int):
 class Tensor:
     """Stands for a part of a storage."""
 
-    def __init__(self, storage: Storage, offset: int, size: tuple, stride: tuple, requires_grad: bool, hooks: Object):
-        if not isinstance(storage, Storage) or len(size) > MOST_DIMS or min(0, offset, *size, *stride) < 0:
+    def __init__(self, storage: Storage, offset: int, size: tuple, stride: tuple, requires_grad: bool, hooks: Mapping):
+        if not isinstance(storage, Storage) or len(size) > MOST_DIMS or min(0, offset, *size, *stride) < 0 or hooks:
             raise ValueError("a tensor of no shape")
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         # also where elements share memory: a copy would not
@@ -48,26 +62,34 @@ class Tensor:
             raise ValueError("a tensor is larger than its storage")
 
 
-def parameter(data: Tensor, *_: object) -> Tensor:
-    if not isinstance(data, Tensor):
+def parameter(data: Tensor, requires_grad: bool, hooks: Mapping) -> Tensor:
+    if not isinstance(data, Tensor) or hooks:
         raise ValueError("a parameter is no tensor")
     return data
 
 
-def encoded(text: str, encoding: str) -> Object:
+def encoded(text: str, encoding: str) -> Value:
     """Old pickles hold bytes as text."""
-    if len(text) > LONGEST_NUMBER or encoding != "latin1":
-        raise ValueError("bytes that are no number")
-    return Object()
+    if not isinstance(text, str) or encoding != "latin1":  # others may give twice as many each time
+        raise ValueError("bytes that are no text")
+    return Value()
 
 
-def number(*_: object) -> Object:
-    return Object()
+def scalar(dtype: Value, data: Value) -> Value:
+    """A number of numpy's."""
+    return Value()
 
 
-CALLED = {"collections.OrderedDict": Object, "argparse.Namespace": Object, "_codecs.encode": encoded}
+def is_plain(value: object) -> bool:
+    """Whether it may be a key: hashing it has an end, and few have one hash (as all multiples of 2**61 - 1 do)."""
+    return value is None or isinstance(value, str) or (isinstance(value, int) and abs(value) < 2**60)
+
+
+CALLED = {"collections.OrderedDict": Mapping, "argparse.Namespace": Options, "_codecs.encode": encoded}
 CALLED |= {"torch._utils._rebuild_tensor_v2": Tensor, "torch._utils._rebuild_parameter": parameter}
-CALLED |= dict.fromkeys(("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), number)
+CALLED |= dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), scalar)
+CALLED |= dict.fromkeys(("numpy.dtype", "torch.device", "torch.Size", "collections.Counter"), Value)
+CALLED |= dict.fromkeys(("builtins.set", "__builtin__.set"), Value)
 
 
 class Opcodes(dict):
@@ -76,7 +98,7 @@ class Opcodes(dict):
 
 
 class Audit(pickle._Unpickler):  # Python's, not C's: that makes room for what a file says will come
-    """Goes through pickles; `storages` then has the bytes of each storage.
+    """Goes through pickles; `storages` then has the type and number of elements of each storage.
 
     Raises UnpicklingError for what no checkpoint asks for, and ValueError and others for one that is damaged.
     """
@@ -84,21 +106,28 @@ class Audit(pickle._Unpickler):  # Python's, not C's: that makes room for what a
     codes = [getattr(pickle, name)[0] for name in USED.split()]
     dispatch = Opcodes((code, pickle._Unpickler.dispatch[code]) for code in codes)
 
-    def __init__(self, file: io.BytesIO):
-        super().__init__(file)
-        self.storages: dict[str, int] = {}
+    def __init__(self, content: bytes):
+        if len(content) > LARGEST:
+            raise ValueError(f"a pickle of more than {LARGEST:,} bytes")
+        self.file = io.BytesIO(content)
+        super().__init__(self.file)
+        self.storages: dict[str, tuple[str, int]] = {}
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each storage."""
+        return {key: n * SIZES[kind] for key, (kind, n) in self.storages.items()}
 
     def find_class(self, module: str, name: str) -> object:
         asked = f"{module}.{name}"
-        if asked not in CALLED and asked not in SIZES:
+        if asked not in CALLED and asked not in SIZES and asked not in DTYPES:
             raise pickle.UnpicklingError(f"it asks for {asked.removeprefix('__builtin__.').removeprefix('builtins.')}")
         return CALLED.get(asked) or asked
 
     def persistent_load(self, pid: tuple) -> Storage:
-        _, kind, key, _, n, *_ = pid
+        _, kind, key, _, n, *view = pid
         if not isinstance(kind, str) or not isinstance(key, str) or not isinstance(n, int) or n < 0:
             raise ValueError("a storage of no size")
-        if self.storages.setdefault(key, n * SIZES[kind]) != n * SIZES[kind]:
+        if kind not in SIZES or self.storages.setdefault(key, (kind, n)) != (kind, n) or view not in ([], [None]):
             raise ValueError("a storage of two sizes")
         return Storage(n)
 
@@ -111,12 +140,14 @@ class Audit(pickle._Unpickler):  # Python's, not C's: that makes room for what a
         super().load_setitems()
 
     def check_keys(self, keys: list) -> None:
-        if not all(isinstance(key, str | int | float) for key in keys):
+        if not all(map(is_plain, keys)):
             raise ValueError("a key is neither text nor number")
 
     def load_build(self) -> None:
-        self.stack.pop()
-        if not isinstance(self.stack[-1], Object):
+        """Attributes that are set: of a state dict nothing but its versions, they could stand for its methods."""
+        state, what = self.stack.pop(), self.stack[-1]
+        well = isinstance(state, dict) and (isinstance(what, Options) or state.keys() <= {"_metadata"})
+        if not (isinstance(what, Mapping | Options) and well) and not isinstance(what, Value):
             raise ValueError("a state of what has none")
 
     dispatch[pickle.SETITEM[0]] = load_setitem
@@ -132,35 +163,40 @@ def audited(path: Path) -> io.BytesIO:
         if start.startswith(ZIP):
             return from_zip(file)
         if start == OLD:
-            return from_pickles(io.BytesIO(file.read()))
+            return from_pickles(file.read())
     raise ValueError("it begins like none")
 
 
 def from_zip(file: io.BufferedReader) -> io.BytesIO:
     """The same members in a new archive: torch neither looks at checksums nor reads all archives as Python does."""
-    copy = io.BytesIO()
+    copy, sizes, pickles = io.BytesIO(), {}, {}
     with zipfile.ZipFile(file) as members, zipfile.ZipFile(copy, "w") as out:
-        sizes = {member.filename: member.file_size for member in members.infolist()}
-        if len(sizes) < len(members.infolist()) or sum(sizes.values()) > file.seek(0, io.SEEK_END):
+        infos = members.infolist()
+        if sum(info.file_size for info in infos) > file.seek(0, io.SEEK_END):
             raise ValueError("it unpacks to more than it holds")
-        for name in sizes:
-            content = members.read(name)
-            out.writestr(name, content)
-            if name.lower().endswith("data.pkl"):  # torch looks for it in any case
-                pickled = Audit(io.BytesIO(content))
-                pickled.load()
-                if any(sizes.get(f"{name[:-8]}data/{key}") != size for key, size in pickled.storages.items()):
-                    raise ValueError("its tensors are not what it holds")
+        for info in infos:
+            if info.filename in sizes or info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("an archive of another kind")
+            content = members.read(info)
+            out.writestr(info.filename, content)
+            sizes[info.filename] = len(content)
+            if info.filename.lower().endswith("data.pkl"):  # torch looks for it in any case
+                pickles[info.filename] = content
+    for name, content in pickles.items():
+        pickled = Audit(content)
+        pickled.load()
+        if any(sizes.get(f"{name[:-8]}data/{key}") != size for key, size in pickled.sizes().items()):
+            raise ValueError("its tensors are not what it holds")
     copy.seek(0)
     return copy
 
 
-def from_pickles(file: io.BytesIO) -> io.BytesIO:
+def from_pickles(content: bytes) -> io.BytesIO:
     """Five (a magic number, a version, the system, the content, the storages' keys), then the storages."""
-    pickled = Audit(file)
+    pickled = Audit(content[:LARGEST])
     *_, keys = [pickled.load() for _ in range(5)]
-    rest = len(file.getbuffer()) - file.tell()
-    if sorted(keys) != sorted(pickled.storages) or rest != sum(8 + size for size in pickled.storages.values()):
+    sizes = pickled.sizes()
+    rest = len(content) - pickled.file.tell()
+    if keys != sorted(sizes) or rest != sum(8 + size for size in sizes.values()):
         raise ValueError("its tensors are not what it holds")
-    file.seek(0)
-    return file
+    return io.BytesIO(content)

@@ -23,7 +23,8 @@ LARGEST_IMAGE = 1024  # pixels a side, as --image_size takes at most
 LONGEST_NAME = 60
 FORMATS = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q", "b1": "?"}  # of numbers, numpy's and struct's
 MOST_CLASSES = 100_000  # more in a file is damage
-LARGEST_TEXT = 2**26  # bytes; metrics.jsonl grows by 400 an epoch
+MOST = 1e9  # epochs, steps, percent, seconds
+LARGEST_TEXT = 2**24  # bytes; metrics.jsonl grows by 400 an epoch
 
 
 class Dtype:
@@ -54,7 +55,7 @@ def _channels(values: object) -> bool:
     return isinstance(values, list) and len(values) == 3 and all(isinstance(v, float) and 0 <= v <= 1 for v in values)
 
 
-# What a checkpoint of ours says of its data; published ones do not.
+# What a checkpoint of ours says of its data; published ones do not, or mean something else.
 SAID = {
     "dataset": lambda name: isinstance(name, str) and len(name) <= LONGEST_NAME,
     "image_size": lambda size: type(size) is int and 0 < size <= LARGEST_IMAGE,
@@ -74,7 +75,8 @@ def write(path: Path, content: bytes | memoryview) -> None:
     """Write a file as a whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # not through a link, nor into a pipe, of this name
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -84,10 +86,10 @@ def write(path: Path, content: bytes | memoryview) -> None:
         raise RunError(f"{path}: cannot be written ({error.strerror}); what was there is as it was") from error
 
 
-def read_text(path: Path) -> bytes:
+def read_text(path: Path, largest: int = LARGEST_TEXT) -> bytes:
     """Text that a run wrote. A pipe would be waited for, and what is too large is not ours: ValueError."""
-    if not path.is_file() or path.stat().st_size > LARGEST_TEXT:
-        raise ValueError(f"not a file of at most {LARGEST_TEXT:,} bytes")
+    if not path.is_file() or path.stat().st_size > largest:
+        raise ValueError(f"not a file of at most {largest:,} bytes")
     return path.read_bytes()
 
 
@@ -136,7 +138,10 @@ def state_of(path: Path, content: dict) -> dict[str, torch.Tensor]:
     state = content.get("model", content)
     if not isinstance(state, dict) or not all(isinstance(k, str) and _plain(v) for k, v in state.items()):
         raise RunError(f"{path}: holds no network weights")
-    return {key.removeprefix("module."): value.detach() for key, value in state.items()}
+    found = {key.removeprefix("module."): value.detach() for key, value in state.items()}
+    if len(found) < len(state):
+        raise RunError(f"{path}: holds a tensor with and without the prefix 'module.'")
+    return found
 
 
 def load_network(
@@ -169,11 +174,12 @@ def load_network(
 
 
 def _about(path: Path, content: dict) -> dict:
-    """What a file says beside its weights."""
+    """What a file says beside its weights; of its data, what is said as ours say it."""
     about = {key: value for key, value in content.items() if key != "model"}
-    for key, right in SAID.items():
-        if key in about and not right(about[key]):
+    for key in [key for key, right in SAID.items() if key in about and not right(about[key])]:
+        if "config_sha256" in about:
             raise RunError(f"{path}: what it says of its data cannot be read ({key})")
+        del about[key]
     return about
 
 

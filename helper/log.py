@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import socket
+import stat
 import sys
 import time
 from itertools import chain, count
@@ -41,6 +43,7 @@ FREE |= {
 FREE |= {"alpha", "beta", "gamma"}
 
 ABOUT = {"opt", "parts"}  # of a configuration: said, not compared
+LARGEST_CONFIG = 2**20  # bytes
 
 
 class Run:
@@ -60,8 +63,10 @@ class Run:
             return None
         self.lock = lock(self.folder)  # before its state is read
         try:
-            config = json.loads(checkpoint.read_text(path))
-            before, self.parts = comparable(config), list(config["parts"])
+            config = json.loads(checkpoint.read_text(path, LARGEST_CONFIG))
+            before, self.parts = comparable(config), config["parts"]
+            if not isinstance(self.parts, list) or not all(map(is_part, self.parts)):
+                raise ValueError("its parts are none")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise RunError(f"{path}: cannot be read ({error}): choose another --trial or --output") from error
         now = comparable(json.loads(json.dumps(self.config)))
@@ -92,7 +97,7 @@ class Run:
     def forget_after(self, epoch: int, init_epoch: int) -> None:
         """Drop lines of epochs that will be done again: the run was cut off before its state was saved."""
         path = self.folder / "metrics.jsonl"
-        if path.exists():
+        if os.path.lexists(path):  # a link to nothing would be written through
             try:
                 lines = checkpoint.read_text(path).splitlines(keepends=True)
                 lines = [line for line in lines if line.endswith(b"}\n")]
@@ -139,6 +144,14 @@ class Run:
             self.lock.close()
 
 
+def is_part(part: dict) -> bool:
+    """Text and numbers, and lists and dictionaries of text."""
+    inner = [v.values() if isinstance(v, dict) else v for v in part.values() if isinstance(v, dict | list)]
+    return all(isinstance(v, str | int | dict | list) for v in part.values()) and all(
+        isinstance(text, str) for texts in inner for text in texts
+    )
+
+
 def is_done(line: dict, epoch: int, init_epoch: int) -> bool:
     return line["init_epoch"] <= init_epoch if "init_epoch" in line else line["epoch"] <= epoch
 
@@ -152,7 +165,10 @@ def unused(folder: Path) -> Path:
 def lock(folder: Path) -> IO[str]:
     """A file that is locked until it is closed, or its process ends; it says whose it is."""
     try:
-        file = open(folder / ".lock", "a+")  # noqa: SIM115  it stays open as long as the run
+        no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+        file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | no_link, 0o666), "r+")
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, ".lock is not a file")
     except OSError as error:
         raise RunError(f"{folder}: cannot be written ({error.strerror})") from error
     try:
@@ -177,4 +193,4 @@ def digest(config: dict) -> str:
 def comparable(config: dict) -> dict:
     """What must be the same in two parts of one run."""
     options = {key: value for key, value in config["opt"].items() if key not in FREE}
-    return {**{key: value for key, value in config.items() if key not in ABOUT}, **options}
+    return {**options, **{key: value for key, value in config.items() if key not in ABOUT}}

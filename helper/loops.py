@@ -64,9 +64,9 @@ def train(epoch: int, loader: Iterable, step: TrainStep, opt, stage: str = "") -
         if interrupt.signal or time.monotonic() - saved > 60 * opt.save_minutes:
             pause(step, epoch)
             saved = time.monotonic()
+    close_failed(step, epoch)
     for track in step.live:
         track.step = 0
-    close_failed(step, epoch)
 
 
 def pause(step: TrainStep, epoch: int) -> None:

@@ -226,7 +226,7 @@ def make_track(
     model = model.to(device, memory_format=layout_of(opt))
     run = Run(folder, arch, config, device_name(device))
     track = Track(method, model, distiller, weights, run)
-    if state := run.resume(opt.resume):
+    if (state := run.resume(opt.resume)) is not None:
         try:
             track.load_state_dict(state)
             if track.epoch > opt.epochs:

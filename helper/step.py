@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from dataset.loader import DeviceLoader
 from distiller_zoo import Distiller, kd_loss
-from helper.checkpoint import check_state
+from helper.checkpoint import MOST, check_state
 from helper.graph import CudaGraphs, RecordedStep, in_turn
 from helper.log import Run
 from helper.util import RunError
 from models.util import head
 
 TERMS = ("loss", "cls", "div", "kd")  # the sum, cross-entropy, KL, the method's own; the last three unweighted
-MOST = 1e9  # epochs, steps, percent, seconds: more in a file is damage
 
 
 # where a track is: epochs of the first stage and of the main one that are done, steps of the next; and what it reached
@@ -54,7 +53,9 @@ class Meters:
 
     def load(self, state: dict[str, Tensor]) -> None:
         for name, tensor in vars(self).items():
-            tensor.copy_(state[name])
+            if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
+                raise ValueError(f"{name} is {list(state[name].shape)} of {state[name].dtype}")
+            tensor.copy_(state[name].detach())
 
     @torch.no_grad()
     def update(self, terms: Tensor, norm: Tensor, logit: Tensor | None, target: Tensor) -> None:
@@ -162,20 +163,21 @@ class Track:
 
     def go_on(self) -> None:
         """Take the optimizer's state of an earlier part of the run; its learning rate stays that of the options."""
-        if not self.resumed:
+        if self.resumed is None:
             return
-        lr = self.optimizer.param_groups[0]["lr"]
+        (group,) = self.optimizer.param_groups
         unused = set() if self.own_term else set(self.distiller.parameters())
         try:
-            # all but the momentum is as the options say
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": self.resumed["state"]})
-            for p in self.optimizer.param_groups[0]["params"] if self.optimizer.state else ():
-                momentum = self.optimizer.state[p].get("momentum_buffer")
-                if p not in unused if momentum is None else momentum.shape != p.shape:
+            for i, p in enumerate(group["params"]):
+                momentum = self.resumed["state"].get(i, {}).get("momentum_buffer")
+                if momentum is None and (p in unused or not group["momentum"]):
+                    continue
+                if not isinstance(momentum, Tensor) or momentum.shape != p.shape:
                     raise ValueError(f"no momentum of shape {list(p.shape)}")
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                # a copy that lies in memory as the parameter does: one kernel goes through both
+                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p.detach()).copy_(momentum.detach())
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise RunError(f"{self.run.folder / 'resume.pth'}: does not fit this run ({error})") from error
-        self.optimizer.param_groups[0]["lr"] = lr
         self.resumed = None  # its copies would be held through the run
 
     def state_dict(self) -> dict:
@@ -190,8 +192,8 @@ class Track:
             if not isinstance(state[name], dict):
                 raise TypeError(f"{name} is no dictionary")
         check_state(self.run.arch, self.model.state_dict(), state["model"])
-        self.model.load_state_dict(state["model"])
-        self.distiller.load_state_dict(state["distiller"])
+        self.model.load_state_dict(dict(state["model"]))  # without a state dict's own attributes
+        self.distiller.load_state_dict(dict(state["distiller"]))
         self.resumed = state["optimizer"]
         self.meters.load(state["meters"])
         for name in REACHED:

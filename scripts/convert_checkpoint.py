@@ -42,7 +42,8 @@ def scalars(about: dict) -> dict[str, float]:
     """Epoch and accuracy, under the names that both layouts give them."""
     found = {"epoch": about.get("epoch"), "accuracy": about.get("accuracy", about.get("best_acc"))}
     found = {key: v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for key, v in found.items()}
-    return {key: value for key, value in found.items() if isinstance(value, int | float)}
+    plain = {key: value for key, value in found.items() if isinstance(value, int | float)}
+    return {key: value for key, value in plain.items() if abs(value) <= checkpoint.MOST}
 
 
 @one_sentence

@@ -149,7 +149,7 @@ def origin_of(part: Path) -> Path:
 def resume_point(url: str, part: Path) -> tuple[int, int, str]:
     """-> bytes that are there, of how many, of the file of which tag; (0, 0, '') if there is nothing to go on from."""
     try:
-        origin, size, tag = origin_of(part).read_text().split("\n")
+        origin, size, tag = checkpoint.read_text(origin_of(part)).decode().split("\n")
         if origin == url and int(size):
             return part.stat().st_size, int(size), tag
     except (FileNotFoundError, ValueError):

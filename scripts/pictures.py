@@ -7,7 +7,6 @@ import io
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -102,9 +101,9 @@ def read_runs(roots: list[Path]) -> list[dict]:
 def read_run(folder: Path) -> dict:
     """What a run's folder says: of the network, and line by line of its epochs and those of its first stage."""
     epochs = read_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    stages = {key: [line for line in epochs if key in line] for key in ("init_epoch", "epoch")}
+    first, main = ([line for line in epochs if ("init_epoch" in line) is is_first] for is_first in (True, False))
     config = read_config(folder) if epochs else {}
-    return {**config, "folder": folder, "first": stages["init_epoch"], "epochs": stages["epoch"]}
+    return {**config, "folder": folder, "first": first, "epochs": main}
 
 
 def read_config(folder: Path) -> dict:
@@ -166,15 +165,6 @@ def distinct(names: list[str], *apart: list) -> list[str]:
     return names
 
 
-def channels(values: Iterable[float]) -> tuple[float, float, float]:
-    red, green, blue = map(float, values)
-    return red, green, blue
-
-
-# what a checkpoint of ours says of its data, and a published one does not
-TRAINED_ON = {"dataset": str, "image_size": int, "mean": channels, "std": channels}
-
-
 class Network(NamedTuple):
     """A trained network and what its file says of it."""
 
@@ -183,7 +173,7 @@ class Network(NamedTuple):
     trial: str
     n_cls: int
     model: nn.Module
-    data: dict  # what of TRAINED_ON its file says
+    data: dict  # what its file says of checkpoint.SAID
 
 
 def load_network(path: Path, arch: str | None, flag: str) -> Network:
@@ -195,10 +185,7 @@ def load_network(path: Path, arch: str | None, flag: str) -> Network:
     run = {"name": f"{arch}, {path.absolute().parent.name}", "trial": ""}
     with suppress(RunError):  # not in a run's folder
         run = read_config(path.parent)
-    try:
-        data = {key: kind(about[key]) for key, kind in TRAINED_ON.items() if key in about}
-    except (TypeError, ValueError) as error:
-        raise RunError(f"{path}: what it says of its data cannot be read ({error})") from error
+    data = {key: about[key] for key in checkpoint.SAID if key in about}
     return Network(path, run["name"], run["trial"], n_cls, model, data)
 
 

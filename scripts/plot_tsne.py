@@ -31,6 +31,7 @@ from scripts.pictures import (
     outputs,
     picture_file,
     plain,
+    shown,
     write_picture,
 )
 
@@ -112,7 +113,8 @@ def main() -> None:
         raise RunError(f"{network.path}: gives the same {opt.of} for every image")
     n = len(source.test_labels)
     title = f"{network.name}: {opt.of} of {n:,} test images of {opt.dataset}"
-    write_picture(scatter(tsne(values, opt.seed), source.test_labels, source.class_names, title), opt.output)
+    names = [shown(name) for name in source.class_names]
+    write_picture(scatter(tsne(values, opt.seed), source.test_labels, names, title), opt.output)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import collections
 import io
 import os
 import pickle
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from helper import checkpoint
@@ -28,6 +30,7 @@ from tests.reliability.hostile import (
     packed,
     refilled,
     same_bits,
+    scene,
     spoilt_network,
 )
 from tests.test_foreign import Call
@@ -175,6 +178,110 @@ def test_bombs(rng, folder, nets):
     ended = read_network(nets, folder / "x.pth")
     assert ended.code == 2
     return ended
+
+
+class Pickled:
+    """Pickled as a call with a state and items."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def tangle():
+    """Forty small lists, and a tree of a million million for who does not see that they are the same."""
+    value = 0
+    for _ in range(40):
+        value = [value, value]
+    return value
+
+
+def old_file(content, keys):
+    """In the old format, without storages."""
+    return b"".join(pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, {}, content, keys))
+
+
+def viewed(view):
+    """A tensor of a thousand zeros, of a storage with metadata of a view (opcodes)."""
+
+    class Pickler(pickle._Pickler):
+        def persistent_id(self, value):
+            return ("storage", torch.FloatStorage, "0", "cpu", 1000, "a view") if value is ... else None
+
+    file, args = io.BytesIO(), (..., 0, (1000,), (1,), False, collections.OrderedDict())
+    Pickler(file, 2).dump({"x": Pickled(torch._utils._rebuild_tensor_v2, args)})
+    content = file.getvalue().replace(b"X\6\0\0\0a view", view)
+    start, keys = old_file({}, ["0"]).split(pickle.dumps({}, 2) * 2)
+    return start + pickle.dumps({}, 2) + content + keys + (1000).to_bytes(8, "little") + bytes(4000)
+
+
+def shadowed(content, **attributes):
+    """An OrderedDict, with attributes in the place of its methods."""
+    return Pickled(collections.OrderedDict, (), attributes, None, iter(content.items()))
+
+
+CRAFTED = {
+    "keys that are not compared in a lifetime": lambda nets: old_file({}, [tangle(), tangle()]),
+    "a view whose key's hash has no end": lambda nets: viewed(b")" + b"\x85" * 1_000_000),
+    "a view of other elements": lambda nets: viewed(pickle.dumps(("1", 0, 1000), 2)[2:-1]),
+    "an attribute for the file's methods": lambda nets: packed(shadowed(nets.ours, get=5)),
+    "an attribute for a state's methods": lambda nets: packed({**nets.ours, "model": shadowed(nets.state, items=5)}),
+    "keys of one hash": lambda nets: repickled(nets.zip, lambda _: keys_of_one_hash(200_000)),
+    "a million dictionaries a megabyte": lambda nets: packed([{} for _ in range(10)] + [[] for _ in range(3_000_000)]),
+    "a tensor with hooks": lambda nets: packed({"x": Pickled(*hooked())}),
+    "a weight twice": lambda nets: packed({**nets.state, "module.fc.bias": nets.state["fc.bias"]}),
+    "less than it says": lambda nets: short_member(nets.zip),
+}
+
+
+def keys_of_one_hash(n):
+    items = b"".join(pickle.dumps(i * (2**61 - 1), 2)[2:-1] + b"N" for i in range(n))
+    return opcodes(b"}(", items, b"u")
+
+
+def hooked():
+    function, args = torch.zeros(3).__reduce_ex__(2)[:2]
+    return function, (*args[:-1], {"a": 1})
+
+
+def short_member(data):
+    """The directory says of one member that it is as long as its tensor, and it is not."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as file, zipfile.ZipFile(out, "w") as to:
+        for name in file.namelist():
+            content = file.read(name)
+            to.writestr(name, content[:4] if name.endswith("data/6") else content)
+            if name.endswith("data/6"):
+                to.infolist()[-1].file_size = len(content)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("what", CRAFTED)
+def test_crafted(what, nets, tmp_path):
+    """Each got through, hung, ended the process or gave a traceback before it was refused."""
+    with confined(), scene(tmp_path / "case") as folder:
+        (folder / "x.pth").write_bytes(CRAFTED[what](nets))
+        assert read_network(nets, folder / "x.pth", arch="resnet8").code == 2
+
+
+def test_what_training_scripts_keep_is_read(nets, tmp_path):
+    schedule = torch.optim.lr_scheduler.MultiStepLR(torch.optim.SGD([torch.zeros(1)], 0.1), [150, 180, 210])
+    opt = argparse.Namespace(device=torch.device("cuda:0"), size=torch.Size([3, 32, 32]), dtype=torch.float16)
+    more = {"classes": {1, 2, "x"}, "raw": b"x" * 1000, None: 0, "image_size": [32, 32], "mean": (0.5, 0.5, 0.5)}
+    content = {"model": nets.state, "lr_scheduler": schedule.state_dict(), "args": opt, **more}
+    for as_zip in (True, False):
+        (tmp_path / "x.pth").write_bytes(packed(content, as_zip))
+        about = checkpoint.load_network(tmp_path / "x.pth", "resnet8")[3]
+        assert about["lr_scheduler"]["milestones"] == schedule.milestones and vars(about["args"]) == vars(opt)
+        assert about["raw"] == more["raw"] and about["classes"] == more["classes"]
+        assert "image_size" not in about  # it is not ours that says so
+
+
+def test_a_storage_without_a_view_is_read(tmp_path):
+    (tmp_path / "x.pth").write_bytes(viewed(b"N"))
+    assert torch.equal(checkpoint.load(tmp_path / "x.pth")["x"], torch.zeros(1000))
 
 
 def test_zeros_are_not_unpacked(nets, tmp_path):

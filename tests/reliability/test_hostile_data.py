@@ -19,7 +19,18 @@ from PIL import Image
 from dataset import DataSource, load_dataset
 from dataset.vision import torchvision
 from tests import test_dataset, test_transfer_data
-from tests.reliability.hostile import NOWHERE, VALUES, Outcome, cases, changed, confined, damaged, misplaced, outcome
+from tests.reliability.hostile import (
+    NOWHERE,
+    VALUES,
+    Outcome,
+    cases,
+    changed,
+    confined,
+    damaged,
+    misplaced,
+    outcome,
+    scene,
+)
 from tests.test_foreign import Call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,6 +207,14 @@ def test_cache(rng, folder, sets):
     ended = read_data("folder", folder / "data", rng)
     check_equal(ended.result, sets.folder)
     return ended
+
+
+def test_a_cache_is_not_waited_for(sets, tmp_path):
+    with scene(tmp_path / "case") as folder:
+        shutil.copytree(sets.root / "folder", folder / "data")
+        (folder / "data" / ".distillers_cache").mkdir()
+        os.mkfifo(folder / "data" / ".distillers_cache" / "folder_16.npz")
+        check_equal(outcome(lambda: load_dataset("folder", folder / "data", 16)).result, sets.folder)
 
 
 def odd_arrays(array):

@@ -1,9 +1,11 @@
 """Spoilt folders of runs: a run goes on to the right end, or says in one sentence why not; so do the scripts."""
 
+import collections
 import contextlib
 import hashlib
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -26,12 +28,14 @@ from tests.reliability.hostile import (
     VALUES,
     cases,
     changed,
+    confined,
     damaged,
     misplaced,
     outcome_of,
     packed,
     refilled,
     same_bits,
+    scene,
     spoilt_network,
 )
 
@@ -176,6 +180,102 @@ def test_numbers_of_state(rng, folder, runs):
         path.write_bytes(packed(content))
 
     return go_on(runs, rng, folder, "resume.pth", spoil, exact=False)
+
+
+def tangled(state):
+    value = 0
+    for _ in range(40):
+        value = [value, value]
+    state["optimizer"]["state"][0]["more"] = value
+
+
+def overlapping(state):
+    momentum = state["optimizer"]["state"][0]
+    old = momentum["momentum_buffer"]
+    storage = torch.zeros(old.numel())
+    momentum["momentum_buffer"] = storage.as_strided(old.shape, [0] * old.dim(), old.numel() - 1)
+
+
+def assigned(state):
+    """As torch's own flag in a state dict asks for: the weights would be the file's tensors, of their type."""
+    model = collections.OrderedDict(
+        (key, value.double() if value.is_floating_point() else value) for key, value in state["model"].items()
+    )
+    names = {key.rpartition(".")[0] for key in model}
+    model._metadata = {name: {"assign_to_params_buffers": True, "version": 2} for name in names}
+    state["model"] = model
+
+
+CRAFTED = {
+    "tangled": (tangled, "goes on"),
+    "overlapping": (overlapping, "goes on with other numbers"),
+    "another layout": (lambda state: contiguous(state["optimizer"]["state"]), "goes on"),
+    "other types": (assigned, "goes on"),
+    "no momentum": (lambda state: state["optimizer"]["state"].clear(), "is refused"),
+    "no optimizer": (lambda state: state["optimizer"].clear(), "is refused"),
+    "nothing": (lambda state: state.clear(), "is refused"),
+    "one number for all meters": (lambda state: state["meters"].update(sums=torch.tensor(0.0).double()), "is refused"),
+}
+
+
+def contiguous(state):
+    for momentum in state.values():
+        momentum["momentum_buffer"] = momentum["momentum_buffer"].contiguous()
+
+
+@pytest.mark.parametrize("what", CRAFTED)
+def test_crafted_state(what, runs, tmp_path):
+    """Each hung, ended the process or went on to a wrong end."""
+    spoil, then = CRAFTED[what]
+    script, args = runs.commands["teacher"]
+    with confined(), scene(tmp_path / "case") as folder:
+        shutil.copytree(runs.root / "broken" / "teacher", folder / "out")
+        (path,) = (folder / "out").rglob("resume.pth")
+        content = torch.load(path)
+        spoil(content)
+        path.write_bytes(packed(content))
+        ended = outcome_of(script.main, *args, "--output", folder / "out")
+        assert ended.code == (2 if then == "is refused" else 0), ended.said
+        if not ended.code:
+            check_ended(runs, "teacher", folder / "out", exact=then == "goes on")
+
+
+@pytest.mark.parametrize("name", [".lock", ".config.json.tmp", ".resume.pth.tmp", "metrics.jsonl", "config.json"])
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe"])
+def test_nothing_is_written_through_a_name(name, kind, runs, tmp_path):
+    script, args = runs.commands["teacher"]
+    with scene(tmp_path / "case") as folder:
+        shutil.copytree(runs.root / "broken" / "teacher", folder / "out")
+        path = next((folder / "out").rglob("config.json")).with_name(name)
+        path.unlink(missing_ok=True)
+        (folder / "elsewhere").mkdir()
+        target = folder / "elsewhere" / "file"
+        if kind == "link":
+            target.write_text("precious")
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to(target)
+        outcome_of(script.main, *args, "--output", folder / "out")
+        assert [f.read_text() for f in target.parent.iterdir()] == ["precious"] * (kind == "link")
+
+
+def test_a_configuration_that_grows(runs, tmp_path):
+    """A megabyte, indented by a space for each of its brackets, is half a gigabyte."""
+    script, args = runs.commands["teacher"]
+    with confined(), scene(tmp_path / "case") as folder:
+        shutil.copytree(runs.root / "broken" / "teacher", folder / "out")
+        (path,) = (folder / "out").rglob("config.json")
+        content = json.loads(path.read_text())
+        for _ in range(500):
+            content["parts"] = [content["parts"]]
+        path.write_text(json.dumps(content))
+        assert outcome_of(script.main, *args, "--output", folder / "out").code == 2
+
+
+def test_a_line_of_two_stages(runs, tmp_path):
+    with scene(tmp_path / "case") as folder:
+        shutil.copytree(runs.root / "ended" / "teacher", folder / "runs")
+        (path,) = (folder / "runs").rglob("metrics.jsonl")
+        path.write_text(path.read_text() + '{"init_epoch": 1, "init_train_loss": 1, "epoch": 1}\n')
+        assert outcome_of(report.main, folder / "runs").code == 0
 
 
 @cases(40)
