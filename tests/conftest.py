@@ -12,6 +12,15 @@ from PIL import Image
 torch.set_num_threads(1)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """How much hostile input there was."""
+    passed = [report for report in terminalreporter.getreports("passed") if report.when == "call"]
+    counts = [n for report in passed for key, n in report.user_properties if key == "hostile"]
+    if counts:
+        refused, read = map(sum, zip(*counts, strict=True))
+        terminalreporter.line(f"hostile input: {refused + read:,} cases, {refused:,} refused, {read:,} read")
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
     """A data set of three colours: 3 x 22 training and 3 x 4 test images, 32x32."""

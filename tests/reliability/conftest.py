@@ -1,4 +1,4 @@
-"""Whole files, that the tests spoil; and at the end, how much hostile input there was."""
+"""Whole checkpoints, that the tests spoil."""
 
 import argparse
 from types import SimpleNamespace
@@ -11,14 +11,6 @@ from dataset import DataSource
 from models import create_model
 from tests.reliability.hostile import packed
 from tests.test_foreign import optimizer, options
-
-
-def pytest_terminal_summary(terminalreporter):
-    passed = [report for report in terminalreporter.getreports("passed") if report.when == "call"]
-    counts = [n for report in passed for key, n in report.user_properties if key == "hostile"]
-    if counts:
-        refused, read = map(sum, zip(*counts, strict=True))
-        terminalreporter.line(f"hostile input: {refused + read:,} cases, {refused:,} refused, {read:,} read")
 
 
 @pytest.fixture(scope="session")
