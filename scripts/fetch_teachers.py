@@ -18,7 +18,7 @@ import sys
 import tarfile
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError
@@ -29,6 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import dataset_dict, load_dataset
 from helper import checkpoint
+from helper.log import lock
 from helper.loops import validate
 from helper.options import Parser, named
 from helper.setup import Teacher, loaders
@@ -344,7 +345,8 @@ def main() -> None:
     missing = [name for name in opt.names if not teachers.has(name)]
     if missing:
         teachers.folder.mkdir(parents=True, exist_ok=True)
-        fetch_all(missing, teachers, opt)
+        with closing(lock(teachers.folder)):  # two would write into one part
+            fetch_all(missing, teachers, opt)
     if opt.evaluate:
         evaluate(opt.names, teachers, opt, device)
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tarfile
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helper.log import lock
 from models import create_model
 from scripts import fetch_teachers
 
@@ -142,7 +143,8 @@ def models(tmp_path):
 
 
 def left(models):
-    return {str(path.relative_to(models)) for path in models.rglob("*") if path.is_file()} if models.exists() else set()
+    """All files but that which keeps a second call out."""
+    return {str(path.relative_to(models)) for path in models.rglob("*") if path.is_file()} - {".lock"}
 
 
 def place(name):
@@ -174,6 +176,16 @@ def test_from_the_archive(server, teachers, fetch, models):
     code, out, err = fetch(*NAMES)
     assert (code, err, server.asked) == (0, "", []) and out.count("is there already") == 2
     assert (models / "teachers.lock").read_text() == lock
+
+
+def test_the_second_of_two_calls_is_kept_out(server, teachers, fetch, models):
+    server.files["teachers.tar"] = as_published(teachers)
+    models.mkdir(parents=True)
+    with closing(lock(models)):
+        code, _, err = fetch(*NAMES)
+    is_refused(code, err, f"{models} is in use by process {os.getpid()} on ")
+    assert server.asked == [] and left(models) == set()
+    assert fetch(*NAMES)[0] == 0
 
 
 def test_only_what_is_missing_is_fetched(server, teachers, fetch, models):
