@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 ZIP, OLD = b"PK\3\4", b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # how torch's two formats begin
-LARGEST = 2**22  # bytes of a pickle, some 25,000 tensors; its objects take 70 times as much
+LARGEST = 2**21  # bytes of a pickle, some 12,000 tensors; its objects take up to 110 times as much
 MOST_DIMS = 64
 USED = (
     "PROTO STOP MARK GLOBAL REDUCE NEWOBJ BUILD BINPERSID BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE "
@@ -30,8 +30,21 @@ DTYPES = {str(value) for value in vars(torch).values() if isinstance(value, torc
 class Mapping(dict):
     """Stands for an OrderedDict."""
 
+    closed = False
+
     def __init__(self) -> None:  # of nothing: what fills it is looked at
         super().__init__()
+
+    def __setitem__(self, key: object, value: object) -> None:
+        if self.closed:
+            raise ValueError("a tensor with hooks")
+        super().__setitem__(key, value)
+
+    def close(self) -> None:
+        """It is a tensor's hooks: there are none."""
+        self.closed = True
+        if self:
+            raise ValueError("a tensor with hooks")
 
 
 class Options:
@@ -39,11 +52,15 @@ class Options:
 
 
 class Value:
-    """Stands for what is made of checked values: numbers, dtypes, sets."""
+    """Stands for what is made of plain values: sets, sizes, devices, numbers."""
 
     def __init__(self, *args: object):
         if not all(is_plain(item) for arg in args for item in (arg if isinstance(arg, list | tuple | dict) else [arg])):
             raise ValueError("a value made of other than plain ones")
+
+
+class Dtype(Value):
+    """Stands for one of numpy's."""
 
 
 class Storage(int):
@@ -54,8 +71,9 @@ class Tensor:
     """Stands for a part of a storage."""
 
     def __init__(self, storage: Storage, offset: int, size: tuple, stride: tuple, requires_grad: bool, hooks: Mapping):
-        if not isinstance(storage, Storage) or len(size) > MOST_DIMS or min(0, offset, *size, *stride) < 0 or hooks:
+        if not isinstance(storage, Storage) or len(size) > MOST_DIMS or min(0, offset, *size, *stride) < 0:
             raise ValueError("a tensor of no shape")
+        hooks.close()
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         # also where elements share memory: a copy would not
         if 0 not in size and max(last + 1, math.prod(size)) > storage:
@@ -63,8 +81,9 @@ class Tensor:
 
 
 def parameter(data: Tensor, requires_grad: bool, hooks: Mapping) -> Tensor:
-    if not isinstance(data, Tensor) or hooks:
+    if not isinstance(data, Tensor):
         raise ValueError("a parameter is no tensor")
+    hooks.close()
     return data
 
 
@@ -75,8 +94,10 @@ def encoded(text: str, encoding: str) -> Value:
     return Value()
 
 
-def scalar(dtype: Value, data: Value) -> Value:
+def scalar(dtype: Dtype, data: Value) -> Value:
     """A number of numpy's."""
+    if not isinstance(dtype, Dtype):
+        raise ValueError("a number of no type")
     return Value()
 
 
@@ -88,8 +109,8 @@ def is_plain(value: object) -> bool:
 CALLED = {"collections.OrderedDict": Mapping, "argparse.Namespace": Options, "_codecs.encode": encoded}
 CALLED |= {"torch._utils._rebuild_tensor_v2": Tensor, "torch._utils._rebuild_parameter": parameter}
 CALLED |= dict.fromkeys(("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"), scalar)
-CALLED |= dict.fromkeys(("numpy.dtype", "torch.device", "torch.Size", "collections.Counter"), Value)
-CALLED |= dict.fromkeys(("builtins.set", "__builtin__.set"), Value)
+CALLED |= dict.fromkeys(("torch.device", "torch.Size", "collections.Counter"), Value)
+CALLED |= dict.fromkeys(("builtins.set", "__builtin__.set"), Value) | {"numpy.dtype": Dtype}
 
 
 class Opcodes(dict):
@@ -112,6 +133,7 @@ class Audit(pickle._Unpickler):  # Python's, not C's: that makes room for what a
         self.file = io.BytesIO(content)
         super().__init__(self.file)
         self.storages: dict[str, tuple[str, int]] = {}
+        self.given = 0  # how much calls were given
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each storage."""
@@ -147,12 +169,27 @@ class Audit(pickle._Unpickler):  # Python's, not C's: that makes room for what a
         """Attributes that are set: of a state dict nothing but its versions, they could stand for its methods."""
         state, what = self.stack.pop(), self.stack[-1]
         well = isinstance(state, dict) and (isinstance(what, Options) or state.keys() <= {"_metadata"})
-        if not (isinstance(what, Mapping | Options) and well) and not isinstance(what, Value):
+        if not (isinstance(what, Mapping | Options) and well) and not isinstance(what, Dtype):
             raise ValueError("a state of what has none")
+
+    def load_reduce(self) -> None:
+        """What is in the file once may be given to many calls, each of which makes something of its size."""
+        args = self.stack[-1]
+        self.given += len(args) + sum(len(arg) for arg in args if hasattr(arg, "__len__"))
+        if self.given > LARGEST:
+            raise ValueError("it makes more than it holds")
+        super().load_reduce()
+
+    def load_newobj(self) -> None:
+        if self.stack[-2:] != [Options, ()]:
+            raise ValueError("an object of another kind")
+        self.stack[-2:] = [Options()]
 
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
     dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.REDUCE[0]] = load_reduce
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
 
 
 def audited(path: Path) -> io.BytesIO:
@@ -175,17 +212,18 @@ def from_zip(file: io.BufferedReader) -> io.BytesIO:
         if sum(info.file_size for info in infos) > file.seek(0, io.SEEK_END):
             raise ValueError("it unpacks to more than it holds")
         for info in infos:
-            if info.filename in sizes or info.compress_type != zipfile.ZIP_STORED:
+            name = info.filename.lower()  # torch finds them in any case
+            if name in sizes or info.compress_type != zipfile.ZIP_STORED:
                 raise ValueError("an archive of another kind")
             content = members.read(info)
             out.writestr(info.filename, content)
-            sizes[info.filename] = len(content)
-            if info.filename.lower().endswith("data.pkl"):  # torch looks for it in any case
-                pickles[info.filename] = content
+            sizes[name] = len(content)
+            if name.endswith("data.pkl"):
+                pickles[name] = content
     for name, content in pickles.items():
         pickled = Audit(content)
         pickled.load()
-        if any(sizes.get(f"{name[:-8]}data/{key}") != size for key, size in pickled.sizes().items()):
+        if any(sizes.get(f"{name[:-8]}data/{key}".lower()) != size for key, size in pickled.sizes().items()):
             raise ValueError("its tensors are not what it holds")
     copy.seek(0)
     return copy

@@ -39,6 +39,8 @@ class Dtype:
 
 def scalar(dtype: Dtype, data: bytes) -> float:
     """Stands for the function that makes numpy's scalars; gives a plain number."""
+    if dtype.order not in ("<", ">", "="):
+        raise ValueError("a number of no byte order")
     return struct.unpack(dtype.order + FORMATS[dtype.code], data)[0]
 
 

@@ -43,7 +43,7 @@ FREE |= {
 FREE |= {"alpha", "beta", "gamma"}
 
 ABOUT = {"opt", "parts"}  # of a configuration: said, not compared
-LARGEST_CONFIG = 2**20  # bytes
+LARGEST_CONFIG = 2**22  # bytes; every part of a run adds 600
 
 
 class Run:
@@ -66,7 +66,7 @@ class Run:
             config = json.loads(checkpoint.read_text(path, LARGEST_CONFIG))
             before, self.parts = comparable(config), config["parts"]
             if not isinstance(self.parts, list) or not all(map(is_part, self.parts)):
-                raise ValueError("its parts are none")
+                raise ValueError("what it says of the parts of the run is damaged")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise RunError(f"{path}: cannot be read ({error}): choose another --trial or --output") from error
         now = comparable(json.loads(json.dumps(self.config)))
@@ -144,12 +144,14 @@ class Run:
             self.lock.close()
 
 
-def is_part(part: dict) -> bool:
-    """Text and numbers, and lists and dictionaries of text."""
-    inner = [v.values() if isinstance(v, dict) else v for v in part.values() if isinstance(v, dict | list)]
-    return all(isinstance(v, str | int | dict | list) for v in part.values()) and all(
-        isinstance(text, str) for texts in inner for text in texts
-    )
+def is_part(part: object) -> bool:
+    """Text and numbers, and lists and dictionaries of text: more levels would be indented without end."""
+    values = list(part.values()) if isinstance(part, dict) else [None]
+    inner = [value.values() if isinstance(value, dict) else value for value in values if isinstance(value, dict | list)]
+    flat = [value for value in values if not isinstance(value, dict | list)] + [
+        text for texts in inner for text in texts
+    ]
+    return all(isinstance(value, str | int) for value in flat)
 
 
 def is_done(line: dict, epoch: int, init_epoch: int) -> bool:
@@ -167,10 +169,11 @@ def lock(folder: Path) -> IO[str]:
     try:
         no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
         file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | no_link, 0o666), "r+")
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, ".lock is not a file")
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+            raise OSError(errno.EINVAL, "it is not a file of its own")
     except OSError as error:
-        raise RunError(f"{folder}: cannot be written ({error.strerror})") from error
+        raise RunError(f"{folder / '.lock'}: cannot be written ({error.strerror})") from error
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -229,8 +229,9 @@ def make_track(
     if (state := run.resume(opt.resume)) is not None:
         try:
             track.load_state_dict(state)
-            if track.epoch > opt.epochs:
-                raise ValueError(f"epoch {track.epoch} of {opt.epochs}")
+            n_steps = -(-data["n_data"] // opt.batch_size)
+            if track.epoch > opt.epochs or track.step > n_steps:
+                raise ValueError(f"epoch {track.epoch} of {opt.epochs}, step {track.step} of {n_steps}")
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise RunError(f"{folder / 'resume.pth'}: does not fit this run ({error})") from error
     return track

@@ -37,6 +37,9 @@ REACHED = (
 )
 
 
+LIMITS = {"last": (0, 100), "best": (0, 100), "chosen": (0, 100), "chosen_val": (-1, 100)}  # percent; -1: none yet
+
+
 class Meters:
     """Means over an epoch. They stay on the device: a step never waits for it, read() does."""
 
@@ -53,9 +56,12 @@ class Meters:
 
     def load(self, state: dict[str, Tensor]) -> None:
         for name, tensor in vars(self).items():
-            if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
-                raise ValueError(f"{name} is {list(state[name].shape)} of {state[name].dtype}")
-            tensor.copy_(state[name].detach())
+            value = state[name].detach()
+            if value.shape != tensor.shape or value.dtype != tensor.dtype or not value.isfinite().all():
+                raise ValueError(f"{name} is {value.dtype} {list(value.shape)}, or not finite")
+            tensor.copy_(value)
+        if min(self.count, self.steps) < 0 or self.bad_step:  # a track in trouble is closed, not saved
+            raise ValueError("meters that count what cannot be")
 
     @torch.no_grad()
     def update(self, terms: Tensor, norm: Tensor, logit: Tensor | None, target: Tensor) -> None:
@@ -172,7 +178,7 @@ class Track:
                 momentum = self.resumed["state"].get(i, {}).get("momentum_buffer")
                 if momentum is None and (p in unused or not group["momentum"]):
                     continue
-                if not isinstance(momentum, Tensor) or momentum.shape != p.shape:
+                if momentum.shape != p.shape or momentum.dtype != p.dtype or not momentum.isfinite().all():
                     raise ValueError(f"no momentum of shape {list(p.shape)}")
                 # a copy that lies in memory as the parameter does: one kernel goes through both
                 self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p.detach()).copy_(momentum.detach())
@@ -198,7 +204,8 @@ class Track:
         self.meters.load(state["meters"])
         for name in REACHED:
             kind = type(getattr(self, name))
-            if type(state[name]) is not kind or not -1 <= state[name] <= MOST:  # NaN is not, either
+            least, most = LIMITS.get(name, (0, MOST))
+            if type(state[name]) is not kind or not least <= state[name] <= most:  # NaN is not, either
                 raise TypeError(f"{name} is no {kind.__name__} that can be reached")
             setattr(self, name, state[name])
 

@@ -198,11 +198,6 @@ def tangle():
     return value
 
 
-def old_file(content, keys):
-    """In the old format, without storages."""
-    return b"".join(pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, {}, content, keys))
-
-
 def viewed(view):
     """A tensor of a thousand zeros, of a storage with metadata of a view (opcodes)."""
 
@@ -213,8 +208,7 @@ def viewed(view):
     file, args = io.BytesIO(), (..., 0, (1000,), (1,), False, collections.OrderedDict())
     Pickler(file, 2).dump({"x": Pickled(torch._utils._rebuild_tensor_v2, args)})
     content = file.getvalue().replace(b"X\6\0\0\0a view", view)
-    start, keys = old_file({}, ["0"]).split(pickle.dumps({}, 2) * 2)
-    return start + pickle.dumps({}, 2) + content + keys + (1000).to_bytes(8, "little") + bytes(4000)
+    return old_pickle(content, ["0"]) + (1000).to_bytes(8, "little") + bytes(4000)
 
 
 def shadowed(content, **attributes):
@@ -223,13 +217,20 @@ def shadowed(content, **attributes):
 
 
 CRAFTED = {
-    "keys that are not compared in a lifetime": lambda nets: old_file({}, [tangle(), tangle()]),
+    "keys that are not compared in a lifetime": lambda nets: old_pickle(pickle.dumps({}, 2), [tangle(), tangle()]),
     "a view whose key's hash has no end": lambda nets: viewed(b")" + b"\x85" * 1_000_000),
     "a view of other elements": lambda nets: viewed(pickle.dumps(("1", 0, 1000), 2)[2:-1]),
     "an attribute for the file's methods": lambda nets: packed(shadowed(nets.ours, get=5)),
     "an attribute for a state's methods": lambda nets: packed({**nets.ours, "model": shadowed(nets.state, items=5)}),
     "keys of one hash": lambda nets: repickled(nets.zip, lambda _: keys_of_one_hash(200_000)),
     "a million dictionaries a megabyte": lambda nets: packed([{} for _ in range(10)] + [[] for _ in range(3_000_000)]),
+    "bytes of one text, often": lambda nets: called("_codecs\nencode", ("x" * 1_000_000, "latin1"), 3000),
+    "sets of one list, often": lambda nets: called("__builtin__\nset", (list(range(60_000)),), 1000),
+    "sizes of one list, often": lambda nets: called("torch\nSize", ([1] * 500_000,), 600, b"\x81"),
+    "numbers of a long byte order": lambda nets: called("numpy._core.multiarray\nscalar", long_order(), 100_000),
+    "an attribute for a counter's methods": lambda nets: packed(Pickled(collections.Counter, (), {"get": 5})),
+    "a set for a dtype": lambda nets: packed({"x": Pickled(np.float64(0).__reduce__()[0], ({1}, b"x"))}),
+    "two members but for their case": lambda nets: doubled(nets.zip),
     "a tensor with hooks": lambda nets: packed({"x": Pickled(*hooked())}),
     "a weight twice": lambda nets: packed({**nets.state, "module.fc.bias": nets.state["fc.bias"]}),
     "less than it says": lambda nets: short_member(nets.zip),
@@ -239,6 +240,33 @@ CRAFTED = {
 def keys_of_one_hash(n):
     items = b"".join(pickle.dumps(i * (2**61 - 1), 2)[2:-1] + b"N" for i in range(n))
     return opcodes(b"}(", items, b"u")
+
+
+def called(name, args, n, opcode=b"R"):
+    """A pickle of many calls with the same arguments."""
+    once = pickle.dumps(args, 2)[2:-1]
+    function, given = b"\x00\x00\x10\x00", b"\x01\x00\x10\x00"  # where they are kept
+    kept = [b"c", name.encode(), b"\nr", function, once, b"r", given, b"]("]
+    return old_pickle(opcodes(*kept, (b"j" + function + b"j" + given + opcode) * n, b"e"))
+
+
+def long_order():
+    return Pickled(np.dtype, ("f8", False, True), (3, "0s" * 500_000, None, None, None, -1, -1, 0)), bytes(8)
+
+
+def old_pickle(content, keys=()):
+    """In the old format, without storages; content: a pickle."""
+    parts = [pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, {}, list(keys))]
+    return b"".join([*parts[:3], content, parts[3]])
+
+
+def doubled(data):
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as file, zipfile.ZipFile(out, "w") as to:
+        for name in file.namelist():
+            to.writestr(name, file.read(name))
+        to.writestr(name.upper(), file.read(name))
+    return out.getvalue()
 
 
 def hooked():

@@ -214,8 +214,22 @@ CRAFTED = {
     "no momentum": (lambda state: state["optimizer"]["state"].clear(), "is refused"),
     "no optimizer": (lambda state: state["optimizer"].clear(), "is refused"),
     "nothing": (lambda state: state.clear(), "is refused"),
+    "no number for a meter": (lambda state: state["meters"]["sums"].fill_(torch.nan), "is refused"),
+    "a momentum of NaN": (lambda state: first(state)["momentum_buffer"].fill_(torch.nan), "is refused"),
+    "a momentum of bytes": (lambda state: to_bytes(first(state)), "is refused"),
+    "an epoch before the first": (lambda state: state.update(epoch=-1), "is refused"),
+    "a step after the last": (lambda state: state.update(step=1000), "is refused"),
+    "more than all": (lambda state: state.update(best=1e9), "is refused"),
     "one number for all meters": (lambda state: state["meters"].update(sums=torch.tensor(0.0).double()), "is refused"),
 }
+
+
+def to_bytes(momentum):
+    momentum["momentum_buffer"] = momentum["momentum_buffer"].to(torch.int8)
+
+
+def first(state):
+    return state["optimizer"]["state"][0]
 
 
 def contiguous(state):
@@ -241,7 +255,7 @@ def test_crafted_state(what, runs, tmp_path):
 
 
 @pytest.mark.parametrize("name", [".lock", ".config.json.tmp", ".resume.pth.tmp", "metrics.jsonl", "config.json"])
-@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe"])
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "hard link", "pipe"])
 def test_nothing_is_written_through_a_name(name, kind, runs, tmp_path):
     script, args = runs.commands["teacher"]
     with scene(tmp_path / "case") as folder:
@@ -250,11 +264,14 @@ def test_nothing_is_written_through_a_name(name, kind, runs, tmp_path):
         path.unlink(missing_ok=True)
         (folder / "elsewhere").mkdir()
         target = folder / "elsewhere" / "file"
-        if kind == "link":
+        if kind in ("link", "hard link"):
             target.write_text("precious")
-        os.mkfifo(path) if kind == "pipe" else path.symlink_to(target)
+        if kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.hardlink_to(target) if kind == "hard link" else path.symlink_to(target)
         outcome_of(script.main, *args, "--output", folder / "out")
-        assert [f.read_text() for f in target.parent.iterdir()] == ["precious"] * (kind == "link")
+        assert [f.read_text() for f in target.parent.iterdir()] == ["precious"] * (kind in ("link", "hard link"))
 
 
 def test_a_configuration_that_grows(runs, tmp_path):
