@@ -288,7 +288,7 @@ def short_member(data):
 
 @pytest.mark.parametrize("what", CRAFTED)
 def test_crafted(what, nets, tmp_path):
-    """Each got through, hung, ended the process or gave a traceback before it was refused."""
+    """Made by reviewers: most got through, hung, ended the process or gave a traceback before they were refused."""
     with confined(), scene(tmp_path / "case") as folder:
         (folder / "x.pth").write_bytes(CRAFTED[what](nets))
         assert read_network(nets, folder / "x.pth", arch="resnet8").code == 2

@@ -239,7 +239,7 @@ def contiguous(state):
 
 @pytest.mark.parametrize("what", CRAFTED)
 def test_crafted_state(what, runs, tmp_path):
-    """Each hung, ended the process or went on to a wrong end."""
+    """Made by reviewers: most hung, ended the process or went on to a wrong end."""
     spoil, then = CRAFTED[what]
     script, args = runs.commands["teacher"]
     with confined(), scene(tmp_path / "case") as folder:
