@@ -146,12 +146,10 @@ class Run:
 
 def is_part(part: object) -> bool:
     """Text and numbers, and lists and dictionaries of text: more levels would be indented without end."""
-    values = list(part.values()) if isinstance(part, dict) else [None]
-    inner = [value.values() if isinstance(value, dict) else value for value in values if isinstance(value, dict | list)]
-    flat = [value for value in values if not isinstance(value, dict | list)] + [
-        text for texts in inner for text in texts
-    ]
-    return all(isinstance(value, str | int) for value in flat)
+    if not isinstance(part, dict):
+        return False
+    levels = [v.values() if isinstance(v, dict) else v if isinstance(v, list) else [v] for v in part.values()]
+    return all(isinstance(value, str | int) for level in levels for value in level)
 
 
 def is_done(line: dict, epoch: int, init_epoch: int) -> bool:
