@@ -4,9 +4,7 @@ import sys
 
 from dataset import load_dataset
 from helper import pretrain
-from helper.loops import fit, summary, validate
-from helper.options import parse_student
-from helper.setup import (
+from helper.build import (
     NO_TEACHER,
     held_out_loader,
     hold_out,
@@ -17,6 +15,8 @@ from helper.setup import (
     student_tracks,
     train_step,
 )
+from helper.loops import fit, summary, validate
+from helper.options import parse_student
 from helper.util import one_sentence
 
 

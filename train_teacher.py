@@ -3,9 +3,9 @@
 import sys
 
 from dataset import load_dataset
+from helper.build import held_out_loader, hold_out, loaders, start, teacher_track, train_step
 from helper.loops import fit, summary
 from helper.options import parse_teacher
-from helper.setup import held_out_loader, hold_out, loaders, start, teacher_track, train_step
 from helper.util import one_sentence
 
 

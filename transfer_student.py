@@ -3,12 +3,12 @@
 import sys
 
 from dataset import load_dataset
+from helper.build import held_out_loader, hold_out, loaders, start, transfer_track
 from helper.checkpoint import load_network
 from helper.loops import fit, summary
 from helper.options import parse_transfer
 from helper.probe import cached
-from helper.setup import held_out_loader, hold_out, loaders, start, transfer_track
-from helper.step import TrainStep
+from helper.student import TrainStep
 from helper.util import one_sentence
 
 

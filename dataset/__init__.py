@@ -3,10 +3,10 @@
 from difflib import SequenceMatcher
 from pathlib import Path
 
+from dataset.base import DataError, DataSource
 from dataset.cifar import cifar10, cifar100
 from dataset.digits import digits
 from dataset.folder import folder
-from dataset.source import DataError, DataSource
 from dataset.stl10 import stl10
 from dataset.tinyimagenet import tinyimagenet
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import PIL
 
-from dataset.source import DataError, DataSource
+from dataset.base import DataError, DataSource
 
 FOLDER = ".distillers_cache"  # may be deleted at any time
 FORMAT = 1  # raised by whoever changes how images are decoded or what a file holds

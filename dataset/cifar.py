@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.archive import fetch
-from dataset.source import DataError, DataSource, resized
+from dataset.base import DataError, DataSource, resized
+from dataset.download import fetch
 
 # Per-channel mean and standard deviation of the 50,000 training images.
 CIFAR100_MOMENTS = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -24,7 +24,7 @@ def cifar10(data_folder: Path, image_size: int | None, download: bool, num_worke
 
 
 def _read(name, moments, data_folder, image_size, download, num_workers):
-    from dataset.vision import torchvision  # takes a second, so only where it is needed
+    from dataset.torchvision_import import torchvision  # takes a second, so only where it is needed
 
     kind = getattr(torchvision.datasets, name)
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dataset.source import DataError, DataSource, moments, stacked
+from dataset.base import DataError, DataSource, moments, stacked
 
 N_TRAIN = 1000
 

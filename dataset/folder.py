@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.base import DataError, DataSource, moments
 from dataset.cache import cached
-from dataset.images import decoded
-from dataset.source import DataError, DataSource, moments
+from dataset.decode import decoded
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
 

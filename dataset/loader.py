@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dataset.source import DataError
+from dataset.base import DataError
 
 PAD = 4
 

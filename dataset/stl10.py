@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.archive import fetch
+from dataset.base import DataError, DataSource, resized
 from dataset.cache import cached
-from dataset.source import DataError, DataSource, resized
+from dataset.download import fetch
 
 NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")  # of labels 1 .. 10
 MOMENTS = (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2712)  # of the 5,000 training images, 96x96
@@ -33,7 +33,7 @@ def stl10(data_folder: Path, image_size: int | None, download: bool, num_workers
 
 def _labelled():
     """torchvision's class without its unlabelled images, whose 2.8 GB it would ask for and hash."""
-    from dataset.vision import torchvision  # takes a second, so only where it is needed
+    from dataset.torchvision_import import torchvision  # takes a second, so only where it is needed
 
     class STL10(torchvision.datasets.STL10):
         train_list = [entry for entry in torchvision.datasets.STL10.train_list if entry[0] in FILES]

@@ -7,9 +7,9 @@ from shlex import quote
 
 import numpy as np
 
+from dataset.base import DataError, DataSource
 from dataset.cache import cached
-from dataset.images import decoded
-from dataset.source import DataError, DataSource
+from dataset.decode import decoded
 
 FOLDER = "tiny-imagenet-200"
 MOMENTS = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)  # of the 100,000 training images, 64x64

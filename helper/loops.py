@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from helper.interrupt import interrupt
-from helper.step import Track, TrainStep, correct
+from helper.student import Track, TrainStep, correct
 
 
 def learning_rate(opt, epoch: int) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from helper.interrupt import interrupt
 from helper.loops import deferred, train
-from helper.step import Track, TrainStep, sgd, taken
+from helper.student import Track, TrainStep, sgd, taken
 
 
 class InitTrack(Track):

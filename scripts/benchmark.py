@@ -9,7 +9,7 @@
     python scripts/benchmark.py --all                         all of these, in about nine minutes of an H200 (estimate)
     python scripts/benchmark.py --all --images 128 --batch_size 8 --rounds 1 --pairs resnet20:resnet8     a trial of it
 
-All sides run in this process, by turns; bench_steps.py and bench_losses.py say what they are. Images are random, in the
+All sides run in this process, by turns; bench/steps.py and bench/losses.py say what they are. Images are random, in the
 shape of CIFAR-100; so are the teachers' weights. The losses are those that are computed in another form than the
 reference's, forward and backward, at the shapes of the pairs' features, each side with the features in the layout of
 its own training; a loss or gradients that differ end the run. Prints tables, and writes them into the output folder.
@@ -34,15 +34,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helper import checkpoint
+from helper.build import device_name
 from helper.options import Parser, method, number
-from helper.setup import device_name
 from helper.util import RunError, choose_device, code_version, keep_buffers, one_sentence, versions
 from models import model_dict
 from models.util import known_first
-from scripts import bench_losses, bench_steps
-from scripts.bench_losses import FORMS, N_DATA, Side
-from scripts.bench_measure import by_turns, extra_memory, in_turn, kernels, timed
-from scripts.bench_steps import FIRST, MACRO, METHODS, VARIANTS, Case, Loop
+from scripts.bench import losses as bench_losses
+from scripts.bench import steps as bench_steps
+from scripts.bench.losses import FORMS, N_DATA, Side
+from scripts.bench.measure import by_turns, extra_memory, in_turn, kernels, timed
+from scripts.bench.steps import FIRST, MACRO, METHODS, VARIANTS, Case, Loop
 
 PAIRS = ["wrn_40_2:wrn_16_2", "resnet32x4:resnet8x4"]
 ROUNDS = {"steps": 3, "together": 2, "teacher": 5, "epoch": 1, "losses": 7}

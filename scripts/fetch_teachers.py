@@ -29,10 +29,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import dataset_dict, load_dataset
 from helper import checkpoint
-from helper.log import lock
+from helper.build import Teacher, loaders
 from helper.loops import validate
 from helper.options import Parser, named
-from helper.setup import Teacher, loaders
+from helper.run import lock
 from helper.util import RunError, choose_device, one_sentence
 
 ARCHIVE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"

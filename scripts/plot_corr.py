@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helper.options import Parser, named
 from helper.util import choose_device, one_sentence
 from models import model_dict
-from scripts.pictures import (
+from scripts.plotting import (
     add_data_options,
     check_classes,
     distinct,

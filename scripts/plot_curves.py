@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helper.options import Parser
 from helper.util import one_sentence
-from scripts.pictures import look, new_figure, picture_file, plain, read_runs, write_picture
+from scripts.plotting import look, new_figure, picture_file, plain, read_runs, write_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

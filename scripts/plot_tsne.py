@@ -20,7 +20,7 @@ from dataset import DataSource
 from helper.options import Parser, named, number
 from helper.util import RunError, choose_device, one_sentence
 from models import model_dict
-from scripts.pictures import (
+from scripts.plotting import (
     COLOURS,
     MARKERS,
     add_data_options,

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helper import checkpoint
 from helper.options import Parser
 from helper.util import one_sentence
-from scripts.pictures import read_runs, write_picture
 from scripts.plot_curves import curves
+from scripts.plotting import read_runs, write_picture
 
 
 def table(runs: list[dict]) -> str:

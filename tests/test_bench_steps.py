@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset.loader import normalised
 from distiller_zoo import Distiller, distiller_dict
-from helper.setup import fingerprint, loaders
-from scripts import bench_measure, bench_steps, benchmark
-from scripts.bench_steps import FIRST, OurLoop, PlainLoop, student_options
+from helper.build import fingerprint, loaders
+from scripts import benchmark
+from scripts.bench import measure as bench_measure
+from scripts.bench import steps as bench_steps
+from scripts.bench.steps import FIRST, OurLoop, PlainLoop, student_options
 from tests.test_benchmark import call
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from crd.memory import ContrastMemory
-from scripts import bench_losses, bench_measure, benchmark
+from scripts import benchmark
+from scripts.bench import losses as bench_losses
+from scripts.bench import measure as bench_measure
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--pairs", "resnet20:resnet8", "--batch_size", "2", "--rounds", "1", "--device", "cpu"]
@@ -152,7 +154,7 @@ def test_quick_runs_are_repeated():
 
 MEMORY = """
 import sys, torch
-from scripts.bench_measure import extra_memory
+from scripts.bench.measure import extra_memory
 CPU, touched = torch.device("cpu"), int(sys.argv[1])
 
 def side():

@@ -16,9 +16,9 @@ from dataset.loader import DeviceLoader
 from distiller_zoo import Distiller, DistillError, distiller_dict
 from distiller_zoo.adapters import Embed
 from helper import checkpoint, pretrain
+from helper.build import Teacher, make_track
 from helper.options import parse_student
-from helper.setup import Teacher, make_track
-from helper.step import TrainStep
+from helper.student import TrainStep
 from models import create_model
 
 PAIRS = [  # teacher, student, whether their maps have the same channels

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dataset import DataError, DataSource, dataset_dict, load_dataset
-from dataset.vision import torchvision
+from dataset.torchvision_import import torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,7 +77,7 @@ def test_image_size_below_one(tmp_path):
 
 
 def test_torchvision_imports_in_a_fresh_interpreter():
-    done = python("from dataset.vision import torchvision; print(torchvision.datasets.CIFAR10.__name__)")
+    done = python("from dataset.torchvision_import import torchvision; print(torchvision.datasets.CIFAR10.__name__)")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "CIFAR10" and done.stderr == ""
 
@@ -96,7 +96,7 @@ def test_operators_that_load_are_left_alone(tmp_path):
     """A build that fits its torch declares nms by itself, which would fail after a declaration of ours."""
     fake = fake_torchvision(tmp_path, OPERATOR)
     done = python(
-        "from dataset.vision import torchvision; import torch\n"
+        "from dataset.torchvision_import import torchvision; import torch\n"
         "print(torchvision.__file__, hasattr(torch.ops.torchvision, 'qnms'))",
         fake,
     )
@@ -115,14 +115,14 @@ complete = torchvision.part is not None  # missing from a package whose parts we
     fake = fake_torchvision(tmp_path, init)
     failing = python("import torchvision", fake)
     assert "torchvision::nms does not exist" in failing.stderr  # else there is nothing to repair
-    done = python("from dataset.vision import torchvision; print(torchvision.complete)", fake)
+    done = python("from dataset.torchvision_import import torchvision; print(torchvision.complete)", fake)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "True"
 
 
 def test_other_errors_of_torchvision_are_not_hidden(tmp_path):
     fake = fake_torchvision(tmp_path, "print('tried')\nraise RuntimeError('another CUDA')")
-    done = python("import dataset.vision", fake)
+    done = python("import dataset.torchvision_import", fake)
     assert done.returncode != 0 and "another CUDA" in done.stderr
     assert done.stdout.split() == ["tried"]
 

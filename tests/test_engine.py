@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_flatten
 from dataset import DataSource
 from dataset.loader import DeviceLoader
 from distiller_zoo import distiller_dict, kd_loss
-from helper import graph, setup
+from helper import build, cuda_graph
+from helper.build import Teacher, layout_of, loaders, make_track, start, train_step
 from helper.interrupt import interrupt
 from helper.loops import learning_rate, train, validate
 from helper.options import parse_student, parse_teacher
-from helper.setup import Teacher, layout_of, loaders, make_track, start, train_step
-from helper.step import Engine, TrainStep, sgd
+from helper.student import Engine, TrainStep, sgd
 from helper.util import RunError
 from models import create_model
 from tests.test_contracts import calibrated
@@ -207,7 +207,7 @@ def tensors(tree):
 
 
 class Recorder:
-    """Stands for graph.CudaGraphs. A graph that is recorded has done nothing yet; a tape has run once."""
+    """Stands for cuda_graph.CudaGraphs. A graph that is recorded has done nothing yet; a tape has run once."""
 
     made = []
 
@@ -336,9 +336,9 @@ class Streams(TorchDispatchMode):
         self.clocks = defaultdict(Counter)  # stream -> stream -> operations
         self.seen, self.faults = {}, []  # storage -> (weakly itself, stream, {stream: last read}, {stream: last write})
         self.now = self.main = self.stream(None)
-        monkeypatch.setattr(graph.torch.cuda, "Stream", self.stream)
-        monkeypatch.setattr(graph.torch.cuda, "stream", self.on)
-        monkeypatch.setattr(graph.torch.cuda, "current_stream", lambda device: self.now)
+        monkeypatch.setattr(cuda_graph.torch.cuda, "Stream", self.stream)
+        monkeypatch.setattr(cuda_graph.torch.cuda, "stream", self.on)
+        monkeypatch.setattr(cuda_graph.torch.cuda, "current_stream", lambda device: self.now)
 
     def stream(self, device):
         stream = SimpleNamespace()
@@ -406,10 +406,10 @@ def on_streams(teacher, tmp_path, device, each):
 
 def test_streams_wait_for_what_they_use(teacher, tmp_path, monkeypatch):
     watch = Streams(monkeypatch)
-    tracks = on_streams(teacher, tmp_path, watch, graph.CudaStreams(CPU))
+    tracks = on_streams(teacher, tmp_path, watch, cuda_graph.CudaStreams(CPU))
     assert not watch.faults
     assert len(watch.clocks) == 1 + len(tracks)  # each keeps its own
-    others = on_streams(teacher, tmp_path, nullcontext(), graph.in_turn)
+    others = on_streams(teacher, tmp_path, nullcontext(), cuda_graph.in_turn)
     for track, other in zip(tracks, others, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(state(track), state(other), strict=True))
 
@@ -419,7 +419,7 @@ def test_a_stream_that_does_not_wait_is_seen(missing, teacher, tmp_path, monkeyp
     watch = Streams(monkeypatch)
     wait, skipped = watch.wait, {"fork": 1, "join": 0}[missing]
     monkeypatch.setattr(watch, "wait", lambda *pair: pair[skipped] is watch.main or wait(*pair))
-    on_streams(teacher, tmp_path, watch, graph.CudaStreams(CPU))
+    on_streams(teacher, tmp_path, watch, cuda_graph.CudaStreams(CPU))
     assert any("not waited for" in fault for fault in watch.faults)
 
 
@@ -431,13 +431,13 @@ def test_memory_that_is_freed_before_the_join_is_seen(held, monkeypatch):
     with watch:
         given = {"a": torch.ones(3), "b": torch.ones(3)}
         kept += given.values() if held else ()
-        graph.CudaStreams(CPU)(tracks, lambda track: given.pop(track.name).add(1))
+        cuda_graph.CudaStreams(CPU)(tracks, lambda track: given.pop(track.name).add(1))
     assert watch.faults == ([] if held else ["freed while in use"] * 2)
 
 
 def test_a_track_keeps_its_stream(monkeypatch):
     """What it made in one step and frees in the next is written to by none beside it."""
-    watch, each, made = Streams(monkeypatch), graph.CudaStreams(CPU), {}
+    watch, each, made = Streams(monkeypatch), cuda_graph.CudaStreams(CPU), {}
 
     def update(track):
         made[track.name] = made.pop(track.name, torch.ones(3)).add(1)
@@ -451,7 +451,7 @@ def test_a_track_keeps_its_stream(monkeypatch):
 def test_steps_on_streams_are_recorded(teacher, tmp_path, recorders, monkeypatch):
     Streams(monkeypatch)
     ends = []
-    for engine in (Engine(recorder=Recorder, each=graph.CudaStreams(CPU)), Engine()):
+    for engine in (Engine(recorder=Recorder, each=cuda_graph.CudaStreams(CPU)), Engine()):
         (opt, kd), (_, crd) = (setting(name, teacher, tmp_path) for name in ("kd", "crd"))
         epochs_of(TrainStep([kd, crd], teacher, engine=engine), opt, (1, 2))
         ends.append([*state(kd), *state(crd)])
@@ -460,7 +460,7 @@ def test_steps_on_streams_are_recorded(teacher, tmp_path, recorders, monkeypatch
 
 def test_streams_are_of_a_gpu(teacher, tmp_path):
     opt, track = setting("kd", teacher, tmp_path, "--streams")
-    assert train_step(opt, [track], teacher).engine.each is graph.in_turn
+    assert train_step(opt, [track], teacher).engine.each is cuda_graph.in_turn
 
 
 @on_gpu
@@ -536,7 +536,7 @@ def test_compiling_needs_a_compiler(monkeypatch):
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
 def test_auto_precision_is_settled_before_the_run(native, precision, monkeypatch):
-    monkeypatch.setattr(setup, "native_bf16", lambda device: native)
+    monkeypatch.setattr(build, "native_bf16", lambda device: native)
     opt = parse_student(["--path_t", "x", "--precision", "auto", "--device", "cpu"])
     assert start(opt) == CPU
     assert opt.precision == precision and opt.precision_t is None
@@ -545,7 +545,7 @@ def test_auto_precision_is_settled_before_the_run(native, precision, monkeypatch
 def test_the_last_shape_is_not_taken_for_the_batch(recorders):
     """An epoch that is entered at its short last batch: recorded are those of --batch_size."""
     seen = []
-    step = graph.RecordedStep(lambda plan: seen.append(plan.shape[1]), 4, [], Recorder(CPU))
+    step = cuda_graph.RecordedStep(lambda plan: seen.append(plan.shape[1]), 4, [], Recorder(CPU))
     for width in (2, 4, 4, 4, 4, 4, 2):
         step(torch.zeros(1, width, dtype=torch.int64))
     assert recorders[0].replays == 2 and seen == [2, 4, 4, 4, 4, 2]

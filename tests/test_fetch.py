@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from helper.log import lock
+from helper.run import lock
 from models import create_model
 from scripts import fetch_teachers
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from helper import checkpoint
-from helper.log import Run
+from helper.run import Run
 from helper.util import RunError
 from models import create_model
 from scripts import convert_checkpoint

@@ -8,9 +8,9 @@ import torch
 
 from distiller_zoo import create_distiller, distiller_dict
 from helper import pretrain
-from helper.log import Run
 from helper.options import parse_student, weights_of
-from helper.step import Track, TrainStep
+from helper.run import Run
+from helper.student import Track, TrainStep
 from models import create_model
 from models.util import feature_shapes
 from tests.golden import recipe

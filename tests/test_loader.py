@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dataset import DataError
 from dataset.loader import DeviceLoader, augmented, normalised
-from dataset.vision import torchvision
+from dataset.torchvision_import import torchvision
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 VIEWS = [(dy, dx, flip) for dy in range(9) for dx in range(9) for flip in (0, 1)]

@@ -20,7 +20,7 @@ from dataset import load_dataset
 from helper import checkpoint
 from helper.util import RunError
 from models import create_model
-from scripts import pictures, plot_corr, plot_curves, plot_tsne, report
+from scripts import plot_corr, plot_curves, plot_tsne, plotting, report
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--epochs", "2", "--batch_size", "22", "--device", "cpu"]
@@ -197,9 +197,9 @@ def test_networks_see_images_as_in_their_training(path_t, source, tmp_path):
     checkpoint.save(folder / "none.pth", {key: content[key] for key in ("model", "arch", "n_cls")})
     data = {"mean": source.mean, "std": source.std}
     for name, moments in {"own": own, "none": data}.items():
-        network = pictures.load_network(folder / f"{name}.pth", None, "--model")
+        network = plotting.load_network(folder / f"{name}.pth", None, "--model")
         assert network.name == "resnet8, resnet8_vanilla" and network.n_cls == 3
-        found = pictures.outputs(network, source, torch.device("cpu"))
+        found = plotting.outputs(network, source, torch.device("cpu"))
         expected = plain_outputs(folder / f"{name}.pth", source.test_images, **moments)
         for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
@@ -295,7 +295,7 @@ def lines_of(folder):
 
 
 def test_curves_are_the_runs(save):
-    runs = pictures.read_runs([save])
+    runs = plotting.read_runs([save])
     assert [run["name"] for run in runs] == ["resnet8, teacher", "resnet8, alone", "resnet8, factor"]
     keys = ["test_acc", "test_loss", "train_acc", "train_loss", "init_train_loss"]
     figure = plot_curves.curves(runs, keys)
@@ -344,7 +344,7 @@ def test_runs_of_equal_names(save, path_s, tmp_path):
         config = json.loads((folders[-1] / "config.json").read_text())
         config["opt"]["trial"], config["dataset"] = trial, dataset
         (folders[-1] / "config.json").write_text(json.dumps(config))
-    names = [run["name"] for run in pictures.read_runs([*folders[::-1], tmp_path])]
+    names = [run["name"] for run in plotting.read_runs([*folders[::-1], tmp_path])]
     digits = "resnet8, factor, trial 2, digits"
     assert names == [
         f"{digits}, {folders[3]}",
@@ -353,7 +353,7 @@ def test_runs_of_equal_names(save, path_s, tmp_path):
         "resnet8, factor, trial 1",
     ]
     with pytest.raises(RunError, match="nowhere holds no run with a finished epoch"):
-        pictures.read_runs([save, tmp_path / "nowhere"])
+        plotting.read_runs([save, tmp_path / "nowhere"])
 
 
 def test_names_of_runs():
@@ -366,7 +366,7 @@ def test_names_of_runs():
         ({"role": "teacher", "arch": "vgg13"}, "vgg13, teacher"),
         ({"role": "transfer", "arch": "vgg8", "student": "S_vgg8"}, "vgg8, transfer of S_vgg8"),
     ):
-        assert pictures.name_of(config) == name
+        assert plotting.name_of(config) == name
 
 
 def test_report(save, tmp_path, monkeypatch, capsys):

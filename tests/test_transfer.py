@@ -13,10 +13,10 @@ import transfer_student
 from dataset import load_dataset
 from dataset.loader import DeviceLoader
 from helper import checkpoint
-from helper.log import Run
+from helper.build import loaders
 from helper.options import parse_transfer
 from helper.probe import FeatureLoader, Probe, plan_of, view_of
-from helper.setup import loaders
+from helper.run import Run
 from models import create_model, model_dict
 from models.util import head
 from tests.test_scripts import call

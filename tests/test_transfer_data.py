@@ -26,7 +26,7 @@ from PIL import Image
 
 import train_teacher
 from dataset import DataError, DataSource, load_dataset
-from dataset.vision import torchvision
+from dataset.torchvision_import import torchvision
 from tests.test_dataset import MakesFolder, one_sentence
 
 ROOT = Path(__file__).resolve().parents[1]

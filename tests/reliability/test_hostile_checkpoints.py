@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from helper import checkpoint
-from helper.setup import Teacher
+from helper.build import Teacher
 from models import create_model
 from scripts import convert_checkpoint
 from tests.reliability.hostile import (

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dataset import DataSource, load_dataset
-from dataset.vision import torchvision
+from dataset.torchvision_import import torchvision
 from tests import test_dataset, test_transfer_data
 from tests.reliability.hostile import (
     NOWHERE,

@@ -17,14 +17,14 @@ import train_teacher
 from dataset import DataSource
 from distiller_zoo import Alone, distiller_dict
 from helper import checkpoint
+from helper.build import hold_out, teacher_track
 from helper.interrupt import EXIT
 from helper.loops import close_failed
 from helper.options import parse_teacher
-from helper.setup import hold_out, teacher_track
-from helper.step import TrainStep
+from helper.student import TrainStep
 from helper.util import RunError
 from models import create_model
-from scripts import pictures, report
+from scripts import plotting, report
 from tests.test_scripts import call
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,7 +188,7 @@ def test_an_epoch_is_chosen_by_images_held_out(data, tmp_path, monkeypatch, caps
     assert code == 0 and f"chosen by held-out images {best['test_acc']:.2f} (epoch {best['epoch']})" in out
     assert lines[-1]["chosen_acc"] == pytest.approx(best["test_acc"], abs=1e-4)
     assert checkpoint.load(folder / "resnet8_chosen.pth")["epoch"] == best["epoch"]
-    table = report.table(pictures.read_runs([tmp_path]))
+    table = report.table(plotting.read_runs([tmp_path]))
     assert "| chosen |" in table and f" {best['test_acc']:.2f} |" in table.splitlines()[-1]
     config = json.loads((folder / "config.json").read_text())
     assert (config["n_train"], config["n_test"]) == (45, 12)
@@ -208,7 +208,7 @@ def test_a_disk_that_fills_up_leaves_the_last_state(data, tmp_path):
     """Files may not grow beyond the limit: the first epoch's fit, the next run's do not. Nothing that was is lost."""
     args = [*data, "--model", "resnet8", "--epochs", "3", "--output", str(tmp_path / "cut")]
     code = (
-        "import resource, runpy, sys; from helper.log import Run; save = Run.save_state\n"
+        "import resource, runpy, sys; from helper.run import Run; save = Run.save_state\n"
         "def then_full(self, state):\n"
         "    save(self, state)\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"

@@ -21,12 +21,12 @@ from dataset import DataSource
 from dataset.loader import DeviceLoader, large_batch
 from distiller_zoo import ALONE, create_distiller, method_options
 from helper.checkpoint import load_network
-from helper.graph import CudaGraphs, CudaStreams, in_turn
+from helper.cuda_graph import CudaGraphs, CudaStreams, in_turn
 from helper.interrupt import interrupt
-from helper.log import Run
 from helper.options import plain, weights_of
 from helper.probe import Probe
-from helper.step import Engine, Track, TrainStep
+from helper.run import Run
+from helper.student import Engine, Track, TrainStep
 from helper.util import RunError, choose_device, keep_buffers, native_bf16, seed_all, stream
 from models import create_model
 from models.util import feature_shapes

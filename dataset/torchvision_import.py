@@ -1,4 +1,4 @@
-"""`from dataset.vision import torchvision`: works beside any build of torch.
+"""`from dataset.torchvision_import import torchvision`: works beside any build of torch.
 
 torchvision's operators are compiled against one build of torch. Beside another (the CUDA torchvision of PyPI with a
 CPU torch) they do not load, and the import fails where shapes are registered for two of them. Reading data sets needs

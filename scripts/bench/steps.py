@@ -23,17 +23,17 @@ from torch.utils.data import DataLoader, Dataset
 from dataset import DataSource
 from dataset.cifar import CIFAR100_MOMENTS
 from dataset.loader import PAD, normalised
-from dataset.vision import torchvision
+from dataset.torchvision_import import torchvision
 from distiller_zoo import ALONE, Distiller, distiller_dict, kd_loss
-from helper.graph import WARM_UP, CudaGraphs, RecordedStep
+from helper.build import DTYPES, Teacher, layout_of, loaders, student_tracks, train_step
+from helper.cuda_graph import WARM_UP, CudaGraphs, RecordedStep
 from helper.loops import train, validate
 from helper.options import parse_student
 from helper.pretrain import InitTrack
-from helper.setup import DTYPES, Teacher, layout_of, loaders, student_tracks, train_step
-from helper.step import Engine, Track
+from helper.student import Engine, Track
 from helper.util import RunError, native_bf16, seed_all
 from models import create_model
-from scripts.bench_losses import FORMS, N_CLS
+from scripts.bench.losses import FORMS, N_CLS
 
 FIRST = 10  # losses that are compared
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dataset.loader import DeviceLoader
 from distiller_zoo import Distiller, kd_loss
 from helper.checkpoint import MOST, check_state
-from helper.graph import CudaGraphs, RecordedStep, in_turn
-from helper.log import Run
+from helper.cuda_graph import CudaGraphs, RecordedStep, in_turn
+from helper.run import Run
 from helper.util import RunError
 from models.util import head
 
@@ -105,8 +105,8 @@ class Engine:
     dtype_s: torch.dtype = torch.float32  # autocast's, of a student
     dtype_t: torch.dtype = torch.float32  # of the teacher
     compiled: bool = False
-    recorder: Callable[[torch.device], CudaGraphs] | None = None  # records whole steps, see graph.py
-    each: Callable[[list[Track], Callable[[Track], None]], None] = in_turn  # updates all tracks, see graph.py
+    recorder: Callable[[torch.device], CudaGraphs] | None = None  # records whole steps, see cuda_graph.py
+    each: Callable[[list[Track], Callable[[Track], None]], None] = in_turn  # updates all tracks, see cuda_graph.py
 
     def network(self, model: nn.Module, dtype: torch.dtype) -> Callable:
         """(images, preact) -> features, logits; its kernels fused by torch.compile if asked for."""

@@ -8,7 +8,7 @@ from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dataset.source import DataError
+from dataset.base import DataError
 
 
 def fetch(kind: type, data_folder: Path, download: bool) -> None:
