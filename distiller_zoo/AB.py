@@ -15,7 +15,7 @@ class ABLoss(Distiller):
     Second stage: cross-entropy (and KL) alone.
     """
 
-    preact = True
+    preact_s = preact_t = True
     margin = 1.0
 
     def __init__(self, s_shapes: Shapes, t_shapes: Shapes):

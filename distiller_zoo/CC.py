@@ -14,7 +14,7 @@ class Correlation(Distiller):
     """
 
     feats = -1
-    least_batch = 2
+    min_batch = 2
     weights = {"gamma": 1.0, "alpha": 0.0, "beta": 0.02}
 
     def __init__(self, s_dim: int, t_dim: int, feat_dim: Size = 128):

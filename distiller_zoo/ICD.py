@@ -19,7 +19,7 @@ class ICDLoss(Distiller):
     """
 
     feats = -1
-    least_batch = 2
+    min_batch = 2
 
     def __init__(self, s_dim: int, t_dim: int, feat_dim: Size = 128):
         super().__init__()

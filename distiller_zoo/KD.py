@@ -1,16 +1,6 @@
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from distiller_zoo.base import Distiller
-
-
-def kd_loss(logit_s: Tensor, logit_t: Tensor, T: float) -> Tensor:
-    """T^2 KL(p_t || p_s) with p = softmax(logit / T), mean over the batch."""
-    log_p_s = F.log_softmax(logit_s / T, dim=1)  # (B, n_cls)
-    p_t = F.softmax(logit_t / T, dim=1)
-    return F.kl_div(log_p_s, p_t, reduction="batchmean") * T**2
 
 
 class DistillKL(Distiller):

@@ -14,7 +14,7 @@ class PKT(Distiller):
     """
 
     feats = -1
-    least_batch = 2
+    min_batch = 2
     weights = {"gamma": 1.0, "alpha": 0.0, "beta": 30000.0}
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:  # (B, s_dim), (B, t_dim)

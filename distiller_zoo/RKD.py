@@ -16,7 +16,7 @@ class RKDLoss(Distiller):
     """
 
     feats = -1
-    least_batch = 3  # of two, the one distance is its own mean
+    min_batch = 3  # of two, the one distance is its own mean
     w_distance, w_angle = 25.0, 50.0
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:  # (B, s_dim), (B, t_dim)

@@ -13,7 +13,7 @@ class Similarity(Distiller):
     """
 
     feats = -2
-    least_batch = 2
+    min_batch = 2
     weights = {"gamma": 1.0, "alpha": 0.0, "beta": 3000.0}
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:  # (B, C_s, H_s, W_s), (B, C_t, H_t, W_t)

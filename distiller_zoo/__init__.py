@@ -8,14 +8,14 @@ from torch import nn
 
 from distiller_zoo.AB import ABLoss
 from distiller_zoo.AT import Attention
-from distiller_zoo.base import Alone, Distiller, DistillError
+from distiller_zoo.base import Alone, Distiller, DistillError, kd_loss
 from distiller_zoo.CC import Correlation
 from distiller_zoo.CRD import CRDLoss
 from distiller_zoo.FitNet import HintLoss
 from distiller_zoo.FSP import FSP
 from distiller_zoo.FT import FactorTransfer
 from distiller_zoo.ICD import ICDLoss
-from distiller_zoo.KD import DistillKL, kd_loss
+from distiller_zoo.KD import DistillKL
 from distiller_zoo.KDSVD import KDSVD
 from distiller_zoo.NST import NSTLoss
 from distiller_zoo.PKT import PKT

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Options' types, with the least and the largest value that make sense
+# Types of options, with their smallest and largest sensible value
 Size = Annotated[int, 1, 2**22]
 Temperature = Annotated[float, 1e-3, 1e3]
 Share = Annotated[float, 0.0, 1.0]
@@ -21,31 +21,46 @@ class DistillError(ValueError):
     """A method cannot be used as asked; the message is one sentence for the user."""
 
 
+def kd_loss(logit_s: Tensor, logit_t: Tensor, T: float) -> Tensor:
+    """T^2 KL(p_t || p_s) with p = softmax(logit / T), mean over the batch."""
+    log_p_s = F.log_softmax(logit_s / T, dim=1)  # (B, n_cls)
+    p_t = F.softmax(logit_t / T, dim=1)
+    return F.kl_div(log_p_s, p_t, reduction="batchmean") * T**2
+
+
 class Distiller(nn.Module):
     """A method: its own loss term and the modules that it trains.
 
-    The loop minimises gamma * cross-entropy + alpha * KL(T) + beta * forward(f_s, f_t).
-    A constructor takes data by name (`s_shapes t_shapes s_dim t_dim labels n_data n_cls`) and
+    The loop minimises gamma * cross-entropy + alpha * kl(logits) + beta * forward(f_s, f_t).
+    A constructor takes data by name (`s_shapes t_shapes s_dim t_dim labels n_data n_cls head_t`) and
     the method's options, which have defaults: each becomes a flag of the command line.
     """
 
     feats: int | slice = slice(1, -1)  # entries of the feature list that forward() and init_loss() are given
-    preact = False  # whether these are taken before the last ReLU of a stage
-    needs: tuple[str, ...] = ()  # what else forward() takes, by name: index, target, logit_s, logit_t
+    preact_s = preact_t = False  # whether the student's and the teacher's maps are taken before a stage's last ReLU
+    needs: tuple[str, ...] = ()  # what else forward() takes, by name: index target logit_s logit_t epoch head_t
     weights = {"gamma": 1.0, "alpha": 0.0, "beta": 1.0}  # published; those named here can be set by -r -a -b
     has_teacher = True
-    unrecorded = ""  # why its steps cannot be recorded as a CUDA graph, if they cannot
-    least_batch = 1  # samples that the term compares at least; a last batch of fewer adds a constant
+    capturable = True  # whether a step can be captured as a CUDA graph
+    min_batch = 1  # samples that the term compares at least; a last batch of fewer adds a constant
 
     def forward(self, f_s, f_t, **needs: Tensor) -> Tensor | float:
         """The method's own term; 0 for methods that live in the first stage or in the KL term."""
         return 0.0
 
+    def kl(self, logit_s: Tensor, logit_t: Tensor, T: float) -> Tensor:
+        """The term that alpha weighs."""
+        return kd_loss(logit_s, logit_t, T)
+
+    def predictor(self, model_s: nn.Module) -> nn.Module:
+        """The network that is trained, validated and saved, if the method changes how the student predicts."""
+        return model_s
+
     def after_step(self) -> None:
         """Update memories and queues, after backward and the optimizer's step."""
 
     def generators(self) -> list[torch.Generator]:
-        """Of the random numbers that forward() draws."""
+        """Generators of the random numbers that forward() draws."""
         return []
 
     def init_modules(self, model_s: nn.Module) -> list[nn.Module] | None:

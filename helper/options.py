@@ -249,7 +249,7 @@ def check_student(parser: Parser, opt: argparse.Namespace, takers: dict[str, lis
     for key in takers:
         delattr(opt, key)
     for name in opt.distill:
-        weights, least = weights_of(name, opt), distiller_dict[name].least_batch
+        weights, least = weights_of(name, opt), distiller_dict[name].min_batch
         if not any(weights.values()):
             parser.error(f"-r -a -b: nothing is left of the loss of {name}")
         if opt.batch_size < least and weights.get("beta"):

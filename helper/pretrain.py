@@ -44,9 +44,9 @@ class InitTrack(Track):
         method = self.distiller
         f_s = logit_s = None
         if self.trains_student:
-            g_s, logit_s = self.network(images, method.preact)
+            g_s, logit_s = self.network(images, method.preact_s)
             f_s = taken(g_s, method.feats)
-        g_t, _ = teacher[method.preact]
+        g_t, _ = teacher[method.preact_t]
         loss = method.init_loss(f_s, taken(g_t, method.feats))
         zero = torch.zeros_like(loss)
         return torch.stack([loss, zero, zero, loss]), logit_s

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset.loader import DeviceLoader
-from distiller_zoo import Distiller, kd_loss
+from distiller_zoo import Distiller
 from helper.checkpoint import MOST, check_state
 from helper.cuda_graph import CudaGraphs, RecordedStep, in_turn
 from helper.run import Run
@@ -263,10 +263,10 @@ class Track:
     def loss(self, images: Tensor, target: Tensor, index: Tensor, teacher: dict, T: float) -> tuple[Tensor, Tensor]:
         """-> (loss and its three terms (4,), logits of the student)."""
         method, w = self.distiller, self.weights
-        g_s, logit_s = self.network(images, method.preact and self.own_term)
-        g_t, logit_t = teacher.get(method.preact) or next(iter(teacher.values()), (None, None))
+        g_s, logit_s = self.network(images, method.preact_s and self.own_term)
+        g_t, logit_t = teacher.get(method.preact_t) or next(iter(teacher.values()), (None, None))
         cls = F.cross_entropy(logit_s, target)
-        div = kd_loss(logit_s, logit_t, T) if w["alpha"] else torch.zeros_like(cls)
+        div = method.kl(logit_s, logit_t, T) if w["alpha"] else torch.zeros_like(cls)
         kd = torch.zeros_like(cls)
         if self.own_term:
             known = {"index": index, "target": target, "logit_s": logit_s, "logit_t": logit_t}
@@ -330,14 +330,14 @@ class TrainStep:
             loader.batch_size,
             [generator for method in methods for generator in method.generators()],
             self.engine.recorder(device),
-            next((method.unrecorded for method in methods if method.unrecorded), ""),
+            next((f"{type(m).__name__} is not capturable" for m in methods if not m.capturable), ""),
         )
 
     # not inference_mode: what autograd saves for backward (the target of a mean squared error) may not come from it
     @torch.no_grad()
     def know(self, images: Tensor) -> dict[bool, tuple[list[Tensor], Tensor]]:
         """What the teacher says of a batch: once for each kind of features (preact or not) that is asked for."""
-        kinds = {track.distiller.preact for track in self.running if track.own_term}
+        kinds = {track.distiller.preact_t for track in self.running if track.own_term}
         if not kinds and any(track.weights["alpha"] for track in self.running):
             kinds = {False}  # any will do for the logits
         return {preact: self.network_t(images, preact) for preact in sorted(kinds)}

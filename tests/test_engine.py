@@ -99,9 +99,9 @@ def plain_loop(track, teacher, opt, batches_of, epochs):
             group["lr"] = learning_rate(opt, epoch)
         for images, target, index in batches_of(epoch):
             images = images.contiguous()
-            g_s, logit_s = model(images, is_feat=True, preact=method.preact)
+            g_s, logit_s = model(images, is_feat=True, preact=method.preact_s)
             with torch.no_grad():
-                g_t, logit_t = teacher(images, is_feat=True, preact=method.preact)
+                g_t, logit_t = teacher(images, is_feat=True, preact=method.preact_t)
             known = {"index": index, "target": target, "logit_s": logit_s, "logit_t": logit_t}
             own = method(g_s[method.feats], g_t[method.feats], **{key: known[key] for key in method.needs})
             loss = track.weights["gamma"] * F.cross_entropy(logit_s, target) + track.weights["beta"] * own
@@ -280,7 +280,7 @@ def test_what_cannot_be_recorded_is_run(teacher, tmp_path, recorders, capsys, mo
     opt, track = setting("kdsvd", teacher, tmp_path)
     epochs_of(TrainStep([track], teacher, engine=Engine(recorder=Recorder)), opt, (1,))
     assert recorders[0].replays == 0 and track.meters.steps == 5
-    assert "not recorded as a graph: kdsvd's eigen-decomposition" in capsys.readouterr().out
+    assert "not recorded as a graph: KDSVD" in capsys.readouterr().out
 
     def waits(self, f_s, f_t):
         return (f_s[0] * float(f_t[0].mean())).mean()

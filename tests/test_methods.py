@@ -800,9 +800,9 @@ def test_kd_of_certain_logits():
 
 
 @pytest.mark.parametrize("name", [name for name, stage in ALL_STAGES if stage == "main"])
-def test_least_batch(name):
+def test_min_batch(name):
     """A smaller batch teaches nothing, one of that size does."""
-    least = distiller_dict[name].least_batch
+    least = distiller_dict[name].min_batch
     for batch in {least, least - 1} - {0}:
         g_s, g_t = features(name, "equal", batch)
         method = build(name, g_s, g_t)

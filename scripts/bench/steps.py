@@ -153,10 +153,10 @@ class PlainLoop(Loop):
     def loss(self, images: Tensor, target: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """-> the loss, the student's logits; index: for CRD the samples drawn, (B, 1 + K)"""
         track, method, w = self.track, self.track.distiller, self.track.weights
-        g_s, logit_s = track.model(images, is_feat=True, preact=method.preact)
+        g_s, logit_s = track.model(images, is_feat=True, preact=method.preact_s)
         if method.has_teacher:
             with torch.no_grad():
-                g_t, logit_t = self.teacher(images, is_feat=True, preact=method.preact)
+                g_t, logit_t = self.teacher(images, is_feat=True, preact=method.preact_t)
         if self.first_stage:
             return self.own_loss(g_s[method.feats], g_t[method.feats]), logit_s
         loss = w["gamma"] * F.cross_entropy(logit_s, target)
