@@ -17,10 +17,9 @@ from helper.build import (
 )
 from helper.loops import fit, summary, validate
 from helper.options import parse_student
-from helper.util import one_sentence
+from helper.util import cli_errors
 
 
-@one_sentence
 def main() -> int:
     opt = parse_student()
     device = start(opt)
@@ -45,4 +44,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli_errors(main))

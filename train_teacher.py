@@ -6,10 +6,9 @@ from dataset import load_dataset
 from helper.build import held_out_loader, hold_out, loaders, start, teacher_track, train_step
 from helper.loops import fit, summary
 from helper.options import parse_teacher
-from helper.util import one_sentence
+from helper.util import cli_errors
 
 
-@one_sentence
 def main() -> int:
     opt = parse_teacher()
     device = start(opt)
@@ -24,4 +23,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli_errors(main))

@@ -9,10 +9,9 @@ from helper.loops import fit, summary
 from helper.options import parse_transfer
 from helper.probe import cached
 from helper.student import TrainStep
-from helper.util import one_sentence
+from helper.util import cli_errors
 
 
-@one_sentence
 def main() -> int:
     opt = parse_transfer()
     device = start(opt)
@@ -32,4 +31,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli_errors(main))

@@ -25,34 +25,28 @@ class RunError(ValueError):
     """A run cannot be started or go on; the message is one sentence for the user."""
 
 
-def one_sentence(main: Callable[[], int | None]) -> Callable[[], int]:
-    """Let `main` end a run that cannot be done with one sentence and exit code 2, not a traceback."""
+def cli_errors(main: Callable[[], object]) -> int:
+    """Call `main` as a script does -> its exit code. What cannot be done ends in one sentence, not in a traceback."""
 
     def say(what: object) -> None:
         line = "".join(c if c.isprintable() else " " for c in str(what))  # text of a damaged file may be in it
         print(f"{Path(sys.argv[0]).name}: {line:.1000}", file=sys.stderr)
 
-    def caught() -> int:
-        try:
-            return main() or 0
-        except (RunError, DataError, DistillError, ModelError, OSError) as error:  # OSError: a full disk, for one
-            say(error)
-            return 2
-        except KeyboardInterrupt:
-            say("interrupted")
-            return 130
-        finally:
-            interrupt.forget()
-
-    @functools.wraps(main)
-    def wrapped() -> int:
-        try:
-            return caught()
-        except Interrupted as error:  # at any moment, so around all else
-            say(f"{error}: stopped; the same command goes on")
-            return EXIT
-
-    return wrapped
+    try:
+        interrupt.listen()
+        results = main()
+        return 1 if isinstance(results, list) and any(result.failed for result in results) else 0
+    except (RunError, DataError, DistillError, ModelError, OSError) as error:  # OSError: a full disk, for one
+        say(error)
+        return 2
+    except Interrupted as error:
+        say(f"{error}: stopped; the same command continues the run")
+        return EXIT
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    finally:
+        interrupt.forget()
 
 
 def stream(seed: int, *key: str) -> int:

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helper import checkpoint
 from helper.build import device_name
 from helper.options import Parser, method, number
-from helper.util import RunError, choose_device, code_version, keep_buffers, one_sentence, versions
+from helper.util import RunError, choose_device, cli_errors, code_version, keep_buffers, versions
 from models import model_dict
 from models.util import known_first
 from scripts.bench import losses as bench_losses
@@ -282,9 +282,8 @@ def completed(parser: Parser, opt: argparse.Namespace) -> argparse.Namespace:
     return opt
 
 
-@one_sentence
-def main() -> None:
-    opt = parse()
+def main(argv: list[str] | None = None) -> None:
+    opt = parse(argv)
     device = choose_device(opt.device)
     torch.backends.cudnn.benchmark = True  # as in training
     name, threads = device_name(device), torch.get_num_threads()
@@ -327,4 +326,4 @@ def measured(part: str, opt: argparse.Namespace, about: dict, device: torch.devi
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli_errors(main))

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import dataset_dict
 from helper import checkpoint
 from helper.options import Parser, named
-from helper.util import RunError, one_sentence
+from helper.util import RunError, cli_errors
 from models import model_dict
 
 OURS, FOREIGN = "distillers", "repdistiller"
@@ -46,9 +46,8 @@ def scalars(about: dict) -> dict[str, float]:
     return {key: value for key, value in plain.items() if abs(value) <= checkpoint.MOST}
 
 
-@one_sentence
-def main() -> None:
-    opt = parse()
+def main(argv: list[str] | None = None) -> None:
+    opt = parse(argv)
     arch, n_cls, _, about = checkpoint.load_network(opt.source, opt.model, flag="--model")
     state = checkpoint.state_of(opt.source, checkpoint.load(opt.source))  # the network's own is float32 in any case
     ours = "n_cls" in about
@@ -75,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli_errors(main))

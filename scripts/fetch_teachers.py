@@ -33,7 +33,7 @@ from helper.build import Teacher, loaders
 from helper.loops import validate
 from helper.options import Parser, named
 from helper.run import lock
-from helper.util import RunError, choose_device, one_sentence
+from helper.util import RunError, choose_device, cli_errors
 
 ARCHIVE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
 MIRROR = "http://shape2prog.csail.mit.edu/repo"
@@ -337,9 +337,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return opt
 
 
-@one_sentence
-def main() -> None:
-    opt = parse()
+def main(argv: list[str] | None = None) -> None:
+    opt = parse(argv)
     device = choose_device(opt.device)
     teachers = Teachers(opt.output / "models")
     missing = [name for name in opt.names if not teachers.has(name)]
@@ -352,4 +351,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli_errors(main))

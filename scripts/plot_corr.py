@@ -19,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helper.options import Parser, named
-from helper.util import choose_device, one_sentence
+from helper.util import choose_device, cli_errors
 from models import model_dict
 from scripts.plotting import (
     add_data_options,
@@ -80,9 +80,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@one_sentence
-def main() -> None:
-    opt = parse()
+def main(argv: list[str] | None = None) -> None:
+    opt = parse(argv)
     device = choose_device(opt.device)
     teacher = load_network(opt.path_t, opt.model_t, "--model_t")
     students = [load_network(path, opt.model_s, "--model_s") for path in dict.fromkeys(opt.path_s)]
@@ -101,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli_errors(main))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helper.options import Parser
-from helper.util import one_sentence
+from helper.util import cli_errors
 from scripts.plotting import look, new_figure, picture_file, plain, read_runs, write_picture
 
 if TYPE_CHECKING:
@@ -86,13 +86,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@one_sentence
-def main() -> None:
-    opt = parse()
+def main(argv: list[str] | None = None) -> None:
+    opt = parse(argv)
     runs = read_runs(opt.folders)
     first_stage = [FIRST_STAGE] if any(run["first"] for run in runs) else []
     write_picture(curves(runs, [*dict.fromkeys(opt.of), *first_stage]), opt.output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli_errors(main))

@@ -18,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import DataSource
 from helper.options import Parser, named, number
-from helper.util import RunError, choose_device, one_sentence
+from helper.util import RunError, choose_device, cli_errors
 from models import model_dict
 from scripts.plotting import (
     COLOURS,
@@ -99,9 +99,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@one_sentence
-def main() -> None:
-    opt = parse()
+def main(argv: list[str] | None = None) -> None:
+    opt = parse(argv)
     device = choose_device(opt.device)
     network = load_network(opt.path, opt.model, "--model")
     source = load_data(opt, network)
@@ -118,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli_errors(main))

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helper import checkpoint
 from helper.options import Parser
-from helper.util import one_sentence
+from helper.util import cli_errors
 from scripts.plot_curves import curves
 from scripts.plotting import read_runs, write_picture
 
@@ -59,9 +59,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@one_sentence
-def main() -> None:
-    root = parse().folder
+def main(argv: list[str] | None = None) -> None:
+    root = parse(argv).folder
     runs = read_runs([root])
     text = table(runs)
     print(text)
@@ -72,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli_errors(main))
