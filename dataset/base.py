@@ -27,6 +27,8 @@ class DataSource(NamedTuple):
     std: tuple[float, float, float]
     class_names: tuple[str, ...]
     flip: bool = True  # a mirrored image keeps its class
+    val_images: np.ndarray | None = None  # held out of the training images
+    val_labels: np.ndarray | None = None
 
 
 def stacked(read: Callable[[int], np.ndarray], n: int, size: int, num_workers: int = 0) -> np.ndarray:

@@ -12,22 +12,12 @@ import train_student
 import train_teacher
 from helper import checkpoint
 from models import create_model
+from tests.common import call
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ["--model", "resnet8", "--epochs", "2", "--batch_size", "16", "--save_freq", "1", "--device", "cpu"]
 STUDENT = ["--model_s", "resnet8", "--epochs", "2", "--batch_size", "16", "--init_epochs", "1", "--device", "cpu"]
 ALL = ["none", "kd", "hint", "attention", "abound", "crd", "icd"]
-
-
-def call(script, args, monkeypatch, capsys):
-    """-> exit code, stdout, stderr of a script's main, in this process."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, args)])
-    try:
-        code = script.main()
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
 
 
 @pytest.fixture(scope="module")
