@@ -1,196 +1,164 @@
-"""Checkpoints: plain dicts of tensors and plain types, written atomically, read without running code."""
+"""Checkpoints: dicts of tensors and plain values, written atomically, read with weights_only=True."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import os
-import pickle
 import re
-import struct
 import warnings
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
-from helper.audit import audited
 from helper.util import RunError
 from models import create_model, model_dict
-from models.util import head, known_first
+from models.util import head
 
-LARGEST_IMAGE = 1024  # pixels a side, as --image_size takes at most
-LONGEST_NAME = 60
-FORMATS = {"f2": "e", "f4": "f", "f8": "d", "i4": "i", "i8": "q", "b1": "?"}  # of numbers, numpy's and struct's
-MOST_CLASSES = 100_000  # more in a file is damage
+OLD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # how files of torch before 1.6 begin
 MOST = 1e9  # epochs, steps, percent, seconds
-LARGEST_TEXT = 2**24  # bytes; metrics.jsonl grows by 400 an epoch
 
 
-class Dtype:
-    """Stands for numpy.dtype while a file is read: numpy's own would take its internal flags from the file."""
-
-    def __init__(self, code: str, *_: object):
-        self.code = code
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = state[1].replace("|", "=")
+def _number(dtype: np.dtype, data: bytes) -> float:
+    """A numpy scalar as a plain number. numpy's own function would trust the flags that a file gives its dtype."""
+    return np.frombuffer(data, dtype.str).item()
 
 
-def scalar(dtype: Dtype, data: bytes) -> float:
-    """Stands for the function that makes numpy's scalars; gives a plain number."""
-    if dtype.order not in ("<", ">", "="):
-        raise ValueError("a number of no byte order")
-    return struct.unpack(dtype.order + FORMATS[dtype.code], data)[0]
-
-
-# What the published files hold beside tensors: their options, and learning rates and accuracies as numpy scalars.
-FOREIGN = [
-    argparse.Namespace,
-    (Dtype, "numpy.dtype"),
-    (scalar, "numpy.core.multiarray.scalar"),
-    (scalar, "numpy._core.multiarray.scalar"),  # since numpy 2
-]
+# Published files hold their options and, as numpy scalars, learning rates and accuracies.
+FOREIGN = [argparse.Namespace, np.dtype, *(type(np.dtype(code)) for code in "?befdilq")]
+FOREIGN += [(_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # numpy 1 and 2
 
 
 def _channels(values: object) -> bool:
     return isinstance(values, list) and len(values) == 3 and all(isinstance(v, float) and 0 <= v <= 1 for v in values)
 
 
-# What a checkpoint of ours says of its data; published ones do not, or mean something else.
+# What our checkpoints say about their data. In others these keys are missing or mean something else.
 SAID = {
-    "dataset": lambda name: isinstance(name, str) and len(name) <= LONGEST_NAME,
-    "image_size": lambda size: type(size) is int and 0 < size <= LARGEST_IMAGE,
+    "dataset": lambda name: isinstance(name, str) and len(name) <= 60,
+    "image_size": lambda size: type(size) is int and 0 < size <= 1024,  # as --image_size
     "mean": _channels,
     "std": _channels,
 }
 
 
 def save(path: Path, content: dict) -> None:
-    """Write a checkpoint so that `path` holds the old file or the whole new one, never a part."""
+    """Write a checkpoint atomically."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write(path, buffer.getbuffer())
 
 
 def write(path: Path, content: bytes | memoryview) -> None:
-    """Write a file as a whole or not at all."""
+    """Write a file atomically: `path` keeps its old content until all of the new is on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:  # not through a link, nor into a pipe, of this name
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written ({error.strerror}); what was there is as it was") from error
+        raise RunError(f"{path}: cannot be written ({error.strerror}); the old file, if any, is unchanged") from error
 
 
-def read_text(path: Path, largest: int = LARGEST_TEXT) -> bytes:
-    """Text that a run wrote. A pipe would be waited for, and what is too large is not ours: ValueError."""
+def read_text(path: Path, largest: int = 2**24) -> bytes:
+    """Read a text file of a run. Raises ValueError where it is too large or not a regular file (a pipe would block)."""
     if not path.is_file() or path.stat().st_size > largest:
         raise ValueError(f"not a file of at most {largest:,} bytes")
     return path.read_bytes()
 
 
-def load(path: str | Path) -> dict:
-    """Read a checkpoint; only tensors and plain types (and FOREIGN) are accepted."""
-    path = Path(path)
+def load(path: Path) -> dict:
+    """Read a checkpoint: tensors, plain values and FOREIGN. Raises RunError for anything else."""
     if not path.is_file():
         raise RunError(f"{path}: no such checkpoint file")
-    if path.stat().st_size == 0:
-        raise RunError(f"{path}: the checkpoint is empty")
     try:
         with torch.serialization.safe_globals(FOREIGN), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old pickles: what can be read is read, all else is refused below
-            content = torch.load(audited(path), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise RunError(f"{path}: refused, not a plain checkpoint of tensors ({_reason(error)})") from error
-    except Exception as error:  # torch raises a dozen kinds for a damaged file
-        raise RunError(f"{path}: damaged or not a checkpoint ({_reason(error)})") from error
+            warnings.simplefilter("ignore")  # torch's, about old pickles
+            file = _verified(path)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            if file.getbuffer()[: len(OLD)] == OLD and file.read(1):
+                raise ValueError("not all of its tensors were read")
+    except Exception as error:  # a dozen kinds for damaged files, MemoryError and RecursionError among them
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"needs {asked[1]:.100}, which is not read from files" if asked else "damaged or not a checkpoint"
+        raise RunError(f"{path}: {what}") from error
     if not isinstance(content, dict):
         raise RunError(f"{path}: not a checkpoint but a {type(content).__name__}")
     return content
 
 
-def _reason(error: Exception) -> str:
-    """Its first sentence."""
-    return re.split(r"\.\s|\n", str(error).strip() or type(error).__name__)[0][:200].rstrip(".")
+def _verified(path: Path) -> io.BytesIO:
+    """The file in memory, with its checksums verified: torch would load a flipped bit without a word."""
+    with open(path, "rb") as file:
+        if file.read(len(OLD)) == OLD:  # has no checksums
+            return io.BytesIO(path.read_bytes())
+    copy = io.BytesIO()  # not the file itself: torch and zipfile may disagree about a damaged directory
+    with zipfile.ZipFile(path) as members, zipfile.ZipFile(copy, "w") as verified:
+        for member in members.infolist():
+            verified.writestr(member.filename, members.read(member))  # BadZipFile if the checksum differs
+    copy.seek(0)
+    return copy
 
 
 def arch_of(path: Path, content: dict, arch: str | None, flag: str = "--model_t") -> str:
-    """The network of a checkpoint: as asked, as written in it, or after its folder (`wrn_40_2_vanilla`)."""
+    """The architecture of a checkpoint: `arch`, else as named in the file, else as in its folder's name."""
     opt = content.get("opt")  # RepDistiller's last checkpoints hold their options: a student's, or a teacher's
     options = vars(opt) if isinstance(opt, argparse.Namespace) else {}
     for name in (arch, content.get("arch"), options.get("model_s"), options.get("model")):
         if isinstance(name, str) and name:
             return name
-    # not resolve(): a link in such a folder is named by it; RepDistiller's students are in S:<student>_T:<teacher>_...
+    # absolute(), not resolve(): where the folder is a link, its own name counts. Students are in S:<student>_T:...
     folder = path.absolute().parent.name.removeprefix("S:")
     fits = [name for name in model_dict if folder == name or folder.startswith(f"{name}_")]
     if not fits:
-        raise RunError(f"{path}: no network is named in it nor by its folder '{folder}'; pass {flag}")
+        raise RunError(f"{path}: neither the file nor its folder '{folder}' names the network; pass {flag}")
     return max(fits, key=len)
 
 
 def state_of(path: Path, content: dict) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint, or of a bare state dict, without DataParallel's prefix."""
     state = content.get("model", content)
-    if not isinstance(state, dict) or not all(isinstance(k, str) and _plain(v) for k, v in state.items()):
+    values = state.values() if isinstance(state, dict) else [None]
+    plain = all(isinstance(v, torch.Tensor) and (v.device.type, v.layout) == ("cpu", torch.strided) for v in values)
+    if not plain or not all(isinstance(key, str) for key in state):
         raise RunError(f"{path}: holds no network weights")
-    found = {key.removeprefix("module."): value.detach() for key, value in state.items()}
-    if len(found) < len(state):
-        raise RunError(f"{path}: holds a tensor with and without the prefix 'module.'")
-    return found
+    return {key.removeprefix("module."): value.detach() for key, value in state.items()}
 
 
-def load_network(
-    path: str | Path, arch: str | None = None, flag: str = "--model_t"
-) -> tuple[str, int, nn.Module, dict]:
-    """-> (architecture, classes, network in eval mode, the rest of the file), of our checkpoints and published ones.
+def load_network(path: Path, arch: str | None = None, flag: str = "--model_t") -> tuple[str, int, nn.Module, dict]:
+    """Read our checkpoints and published ones -> (architecture, classes, network in eval mode, the rest of the file).
 
-    flag: by which the caller's user names the architecture
+    flag: the caller's option for the architecture, for messages
     """
-    path = Path(path)
     content = load(path)
-    arch = arch_of(path, content, arch, flag)
-    if arch not in model_dict:
-        known = ", ".join(known_first(arch[:LONGEST_NAME], model_dict))
-        raise RunError(f"{path}: its network '{arch[:LONGEST_NAME]}' is unknown; known: {known}")
-    state = state_of(path, content)
-    with torch.device("meta"):  # networks without memory, to look at
-        model = create_model(arch, 2)
-        name = next(name for name, module in model.named_modules() if module is head(model))
-        bias = state.get(f"{name}.bias")
-        n_cls = len(bias) if bias is not None and bias.dim() == 1 and 0 < len(bias) <= MOST_CLASSES else 2
-        own = create_model(arch, n_cls).state_dict()
+    arch, state = arch_of(path, content, arch, flag), state_of(path, content)
     try:
+        with torch.device("meta"):  # only names and shapes
+            model = create_model(arch, 2)
+            name = next(name for name, module in model.named_modules() if module is head(model))
+            n_cls = state.get(f"{name}.bias", torch.empty(2)).numel() or 2
+            own = create_model(arch, n_cls).state_dict()
         check_state(arch, own, state)
-    except ValueError as error:
+    except ValueError as error:  # ModelError, where the network is unknown
         raise RunError(f"{path}: {error}") from error
     model = create_model(arch, n_cls)
     model.load_state_dict(state)
-    return arch, n_cls, model.eval(), _about(path, content) if "model" in content else {}
-
-
-def _about(path: Path, content: dict) -> dict:
-    """What a file says beside its weights; of its data, what is said as ours say it."""
-    about = {key: value for key, value in content.items() if key != "model"}
-    for key in [key for key, right in SAID.items() if key in about and not right(about[key])]:
-        if "config_sha256" in about:
-            raise RunError(f"{path}: what it says of its data cannot be read ({key})")
+    about = {key: value for key, value in content.items() if key != "model"} if "model" in content else {}
+    for key in [key for key, valid in SAID.items() if key in about and not valid(about[key])]:
+        if "config_sha256" in about:  # is ours
+            raise RunError(f"{path}: what it says about its data cannot be read ({key})")
         del about[key]
-    return about
-
-
-def _plain(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+    return arch, n_cls, model.eval(), about
 
 
 def check_state(arch: str, own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
-    """Whether a state is that of a trained network like `own`; ValueError if not."""
+    """Check that `state` is that of a trained network with the names and shapes of `own`. Raises ValueError."""
     absent, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if absent or foreign:
         what = f"lacks {absent[0]}" if absent else f"has {foreign[0]} besides"
@@ -202,4 +170,4 @@ def check_state(arch: str, own: dict[str, torch.Tensor], state: dict[str, torch.
         if not same_kind or not value.to(own[key].dtype).isfinite().all():
             raise ValueError(f"{key} holds what no trained network does (NaN, infinity, or another type)")
         if key.endswith("running_var") and (value < 0).any():
-            raise ValueError(f"{key} holds a variance below zero")
+            raise ValueError(f"{key} holds a negative variance")
