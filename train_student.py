@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     for student in students:
         student.run.open()
     if teacher.model is not None:
-        print(f"teacher {teacher.arch}: test {validate(teacher.model, test_loader)['acc']:.2f}")
+        teacher.compare(validate(teacher.model, test_loader)["acc"])
 
     pretrain(students, teacher, train_loader, opt)
     results = fit(students, teacher, train_loader, test_loader, val_loader, opt)

@@ -29,6 +29,7 @@ class DataSource(NamedTuple):
     flip: bool = True  # a mirrored image keeps its class
     val_images: np.ndarray | None = None  # held out of the training images
     val_labels: np.ndarray | None = None
+    crc32: int = 0  # of images, labels and class names, to tell whether a resumed run still sees the same data
 
 
 def stacked(read: Callable[[int], np.ndarray], n: int, size: int, num_workers: int = 0) -> np.ndarray:

@@ -61,6 +61,10 @@ def move_teacher(teacher: Teacher, device: torch.device, opt: argparse.Namespace
 def load_source(opt: argparse.Namespace) -> DataSource:
     """The data set of --dataset, with --val_split's share of every class's training images held out."""
     source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
+    crc32 = zlib.crc32("\0".join(source.class_names).encode())
+    for array in (source.train_images, source.train_labels, source.test_images, source.test_labels):
+        crc32 = zlib.crc32(np.ascontiguousarray(array), crc32)
+    source = source._replace(crc32=crc32)
     return hold_out(source, opt.val_split, opt.seed) if opt.val_split else source
 
 
@@ -157,6 +161,8 @@ def build(
         "options": options,
         "dataset": opt.dataset,
         "n_cls": source.n_cls,
+        "class_names": list(source.class_names),
+        "data_crc32": source.crc32,
         "n_train": len(source.train_labels),
         "n_test": len(source.test_labels),
         "image_size": image_size,

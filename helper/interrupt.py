@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run ends its step, saves, and exits with a code that asks to be started again."""
+"""Signals that end a run: it ends its step, saves, and exits with a code that asks to be started again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # schedulers warn by the last two; Windows has two
 
 
 class Interrupted(BaseException):
@@ -25,8 +26,9 @@ class Interrupt:
         """Handle signals from now until forget()."""
         self.signal, self._deferred = "", False
         if threading.current_thread() is threading.main_thread():  # only this one may
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers.setdefault(number, signal.signal(number, self._handle))
+            for number in (getattr(signal, name) for name in NAMES if hasattr(signal, name)):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
+                    self._handlers.setdefault(number, signal.signal(number, self._handle))
 
     def forget(self) -> None:
         for number, handler in self._handlers.items():

@@ -100,7 +100,9 @@ def epochs_list(text: str) -> list[int]:
 
 def parser_for(description: str, **defaults) -> Parser:
     """The options that all entry scripts share; defaults: other ones than the published."""
-    sets = "\n".join(f"  {name:<13} {(load.__doc__ or '').splitlines()[0]}" for name, load in dataset_dict.items())
+    sets = "\n".join(
+        f"  {name:<13} {(load.__doc__ or '').partition(chr(10))[0]}" for name, load in dataset_dict.items()
+    )
     parser = Parser(description=description, epilog=f"data sets:\n{sets}\nnetworks:\n  {' '.join(model_dict)}")
     positive, share = number(int, 1), number(float, 0, 1)
     lr = defaults.get("learning_rate") or f"{LR}; {', '.join(f'{lr} for {name}' for name, lr in default_lr.items())}"
@@ -117,7 +119,7 @@ def parser_for(description: str, **defaults) -> Parser:
     add("--save_freq", free=True, type=positive, default=40, help="epochs between two checkpoints (%(default)s)")
     add("--batch_size", type=positive, default=64, help="images per step (64)")
     add("--num_workers", free=True, type=number(int, 0), default=8, help="threads that decode image files once (8)")
-    add("--epochs", type=positive, default=240, help="(%(default)s)")
+    add("--epochs", free=True, type=positive, default=240, help="(%(default)s)")
     add("--learning_rate", type=number(float, 0), help=f"({lr})")
     add("--lr_decay_epochs", type=epochs_list, default="150,180,210", help="epochs after which it decays (%(default)s)")
     add("--lr_decay_rate", type=number(float, 0, 10), default=0.1, help="(0.1)")

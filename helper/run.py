@@ -20,7 +20,7 @@ from helper.util import RunError, code_version, versions
 # How far a run has got: whole epochs of the first and of the main stage, steps of the next one; and what it reached.
 PROGRESS = ("init_epoch", "epoch", "step", "last", "best", "best_epoch", "chosen", "chosen_val", "chosen_epoch")
 PROGRESS += ("seconds",)
-NOT_COMPARED = {"opt", "parts"}  # of config.json; the options in `opt` are compared one by one
+NOT_COMPARED = {"opt", "parts", "class_names"}  # of config.json; the options in `opt` are compared one by one
 
 
 class Run:
@@ -53,15 +53,20 @@ class Run:
             return None
         try:
             config = json.loads(checkpoint.read_text(path))
-            before, parts = self.identity(config), list(config["parts"])
+            before, parts, epochs = self.identity(config), list(config["parts"]), int(config["opt"]["epochs"])
             holder = f"process {parts[-1]['pid']} on {parts[-1]['host']}" if "pid" in parts[-1] else "another process"
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise RunError(f"{path}: damaged ({error}): choose another --trial or --output") from error
         self.acquire(holder)  # before the state is read
         now = self.identity(json.loads(json.dumps(self.config)))
-        differ = [f"{key}: {before.get(key)} there, {now[key]} here" for key in now if before.get(key) != now[key]]
+        # what an older version did not write is not compared
+        differ = [
+            f"{key}: {before[key]} there, {now[key]} here" for key in now if before.get(key, now[key]) != now[key]
+        ]
         if differ:
             raise RunError(f"{self.folder} holds a run of other options ({'; '.join(differ)}): choose another --trial")
+        if epochs > self.config["opt"]["epochs"]:
+            raise RunError(f"{self.folder} holds a run of {epochs} epochs: --epochs may be raised, not lowered")
         if not (self.folder / "resume.pth").exists():
             return None
         self.parts = parts
@@ -124,7 +129,8 @@ class Run:
 
     def save(self, name: str, model: nn.Module) -> None:
         """Write a checkpoint that describes itself, of the last epoch done."""
-        about = {key: self.config[key] for key in ("dataset", "n_cls", "mean", "std", "image_size", "opt")}
+        keys = ("dataset", "n_cls", "class_names", "mean", "std", "image_size", "opt")
+        about = {key: self.config[key] for key in keys}
         about["config_sha256"] = self.sha256()
         state = {key: value.cpu() for key, value in model.state_dict().items()}  # readable without a GPU
         content = {"model": state, "arch": self.arch, "epoch": self.epoch, "accuracy": self.last, **about}

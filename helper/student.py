@@ -68,10 +68,29 @@ class Teacher:
             return
         if self.n_cls != source.n_cls:
             raise RunError(f"{self.path}: was trained for {self.n_cls} classes, the data set has {source.n_cls}")
+        names, own = self.about.get("class_names"), list(source.class_names)
+        if names is not None and len(names) == len(own) and names != own:
+            what = "the same classes in another order" if sorted(names) == sorted(own) else "other classes"
+            i = next(i for i, name in enumerate(own) if names[i] != name)
+            raise RunError(
+                f"{self.path}: was trained on {what}: class {i} is '{names[i]}' there and '{own[i]}' in the data set"
+            )
         now = {"image_size": source.train_images.shape[1], "mean": list(source.mean), "std": list(source.std)}
         for key, value in now.items():
             if self.about.get(key, value) != value:
                 print(f"note: the teacher was trained with {key} {self.about[key]}, here it is {value}")
+
+    def compare(self, acc: float) -> None:
+        """Print the measured accuracy, and the one that the file claims where that is far higher."""
+        print(f"teacher {self.arch}: test {acc:.2f}", flush=True)
+        claimed = self.about.get("accuracy", self.about.get("best_acc"))
+        claimed = float(claimed) if isinstance(claimed, int | float | Tensor) else acc
+        if claimed > acc + 5:
+            print(
+                f"warning: the teacher's file claims an accuracy of {claimed:.2f}, here it has {acc:.2f}; "
+                "are data, classes and preprocessing those of its training?",
+                flush=True,
+            )
 
     # not inference_mode: autograd may not save its tensors for backward (as the target of a mean squared error)
     @torch.no_grad()

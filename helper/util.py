@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import subprocess
 import sys
 import zlib
@@ -34,6 +36,9 @@ def cli_errors(main: Callable[[], object]) -> int:
             interrupt.listen()
             results = main()
             return 1 if isinstance(results, list) and any(result.failed for result in results) else 0
+        except BrokenPipeError:  # as of `| head`: nobody reads any more, and nothing is left to be flushed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         except (RunError, DataError, DistillError, ModelError, OSError) as error:  # OSError: a full disk, for one
             say(error)
             return 2

@@ -71,9 +71,7 @@ def test_the_second_run_says_who_has_the_folder(data, tmp_path):
     finally:
         first.send_signal(signal.SIGTERM)
         _, said = first.communicate()
-    assert (
-        first.returncode == EXIT and said.startswith("train_teacher.py: SIGTERM: ")
-    )
+    assert first.returncode == EXIT and said.startswith("train_teacher.py: SIGTERM: ")
     third = subprocess.Popen([*command, "--epochs", "500"], stdout=subprocess.PIPE, text=True)  # nobody has it now
     assert "epochs are done already" in third.stdout.readline()
     third.send_signal(signal.SIGINT)
