@@ -12,7 +12,7 @@ import numpy as np
 import PIL
 
 FOLDER = ".distillers_cache"  # may be deleted at any time
-FORMAT = 2  # raise it when images are decoded in another way, or other arrays are stored
+FORMAT = 3  # raise it when images are decoded in another way, or other arrays are stored
 
 
 def load_or_build(

@@ -1,5 +1,7 @@
 """Any folder of images, one sub-folder per class."""
 
+import sys
+from collections import Counter
 from pathlib import Path
 
 from dataset.base import DataError, DataSource
@@ -9,18 +11,25 @@ from dataset.image_files import label_images, list_classes, load_images
 def folder(data_folder: Path, image_size: int | None, download: bool, num_workers: int) -> DataSource:
     """Your own images in data_folder/train/<class>/ and test/<class>/ (or val/), made 32x32 unless told otherwise.
 
-    Classes are the sorted folder names of train/; folders inside a class are followed; hidden files are left out.
+    Classes are the sorted folder names of train/; folders inside a class and links are followed. Hidden files are left
+    out, and so are formats that are not read, which a note on stderr counts by suffix.
     Images of any kind become RGB: of 16-bit grey the high byte counts, an alpha channel is dropped.
     """
-    train = data_folder / "train"
+    train, left_out = data_folder / "train", Counter()
     test = data_folder / "test" if (data_folder / "test").is_dir() else data_folder / "val"
     if not (train.is_dir() and test.is_dir()):
         raise DataError(f"{data_folder} needs a folder train/ and a folder test/ or val/, with a folder for each class")
-    names = list_classes(train)
-    if len(names) < 2:
-        raise DataError(f"{train} has only one class, {names[0]!r}, where at least two are needed")
-    if unknown := set(list_classes(test)) - set(names):
+    classes, test_classes = list_classes(train, left_out), list_classes(test, left_out)
+    if len(classes) < 2:
+        raise DataError(f"{train} has {len(classes)} class folders, where at least two are needed")
+    if not test_classes:
+        raise DataError(f"{test} has no class folders")
+    if unknown := test_classes.keys() - classes.keys():
         raise DataError(f"{test} has a class {min(unknown)!r} that {train} does not have")
-    splits = label_images(train, names), label_images(test, names)
+    names = list(classes)
+    splits = label_images(classes, names, left_out), label_images(test_classes, names, left_out)
     arrays, moments = load_images(data_folder, "folder", image_size or 32, *splits, num_workers)
+    if left_out:
+        kinds = ", ".join(f"{n:,} {kind if kind.isprintable() else '?'}" for kind, n in left_out.most_common(10))
+        print(f"note: {data_folder}: left out, by format or because in no class folder: {kinds}", file=sys.stderr)
     return DataSource(*arrays, len(names), *moments, tuple(names))

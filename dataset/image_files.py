@@ -1,6 +1,8 @@
 """Data sets of image files: listed by class folder, decoded to RGB, cached."""
 
+import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,36 +13,67 @@ from dataset.base import DataError, channel_moments, stack
 from dataset.cache import load_or_build
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
+JUNK = {"@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "lost+found"}  # folders of other programs
+JUNK |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # and their files; many more are hidden
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # decoders that may run, whatever a file is called
 Split = tuple[list[Path], np.ndarray]  # files and their labels (N,)
 
 
-def list_classes(split: Path) -> list[str]:
-    """Sorted names of the class folders; hidden ones are left out."""
-    names = sorted(path.name for path in split.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not names:
-        raise DataError(f"{split} has no class folders")
-    return names
+def list_entries(folder: str | Path) -> list[os.DirEntry]:
+    """What a folder holds, sorted by name, without what is hidden or of other programs. A dead link is a DataError."""
+    entries = [e for e in os.scandir(folder) if not e.name.startswith(".") and e.name.lower() not in JUNK]
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            raise DataError(f"{entry.path} is a link to {os.readlink(entry.path)}, which does not exist")
+    return sorted(entries, key=lambda entry: entry.name)
 
 
-def label_images(split: Path, names: Sequence[str]) -> Split:
-    """Images of the class folders that are there; a label is the class's place in names."""
+def _suffix(entry):
+    return os.path.splitext(entry.name)[1].lower() or "without a suffix"
+
+
+def list_classes(split: Path, left_out: Counter) -> dict[str, Path]:
+    """Class folders by name, sorted; files beside them are counted in left_out by suffix."""
+    classes = {}
+    for entry in list_entries(split):
+        if entry.is_dir():
+            classes[entry.name] = Path(entry.path)
+        else:
+            left_out[_suffix(entry)] += 1
+    return classes
+
+
+def label_images(folders: dict[str, Path], names: Sequence[str], left_out: Counter) -> Split:
+    """Images of class folders, in the order of names; a label is the class's place in names."""
     files, labels = [], []
     for label, name in enumerate(names):
-        if (split / name).is_dir():
-            found = list_images(split / name)
+        if name in folders:
+            found = list_images(folders[name], left_out)
             if not found:
-                raise DataError(f"the class folder {split / name} has no images")
+                raise DataError(f"the class folder {folders[name]} has no images")
             files += found
             labels += [label] * len(found)
     return files, np.array(labels, np.int64)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Images below a folder, at any depth, sorted by path; hidden files are left out."""
-    paths = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
-    hidden = [any(part.startswith(".") for part in path.relative_to(folder).parts) for path in paths]
-    return sorted((path for path, left_out in zip(paths, hidden, strict=True) if not left_out), key=Path.as_posix)
+def list_images(folder: Path, left_out: Counter) -> list[Path]:
+    """Images below a folder, at any depth, sorted by path; other files are counted in left_out by suffix.
+
+    Links are followed, each folder is entered once, and none above this one: links may lead in circles.
+    """
+    real = Path(os.path.realpath(folder))
+    entered, waiting, found = {real, *real.parents}, [folder], []
+    while waiting:
+        for entry in list_entries(waiting.pop()):
+            if entry.is_dir():
+                real = Path(os.path.realpath(entry.path))
+                waiting += [entry.path] if real not in entered else []
+                entered.add(real)
+            elif _suffix(entry) in SUFFIXES and entry.is_file():
+                found.append(Path(entry.path))
+            else:
+                left_out[_suffix(entry)] += 1
+    return sorted(found, key=Path.as_posix)
 
 
 def load_images(

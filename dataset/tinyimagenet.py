@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
@@ -27,8 +28,9 @@ def tinyimagenet(data_folder: Path, image_size: int | None, download: bool, num_
     if not (root / "wnids.txt").is_file():
         get = f"sh data/get_tinyimagenet.sh {quote(str(data_folder))}"
         raise DataError(f"{data_folder} has no {FOLDER}/ with a wnids.txt in it; this gets it: {get}")
-    wnids, words = list_classes(root / "train"), _read(root / "words.txt")
-    splits = label_images(root / "train", wnids), _label_val(root / "val" / "val_annotations.txt", wnids)
+    classes, words = list_classes(root / "train", Counter()), _read(root / "words.txt")
+    wnids = list(classes)
+    splits = label_images(classes, wnids, Counter()), _label_val(root / "val" / "val_annotations.txt", wnids)
     arrays, _ = load_images(root, "tinyimagenet", image_size or 32, *splits, num_workers)
     name_of = dict(re.findall(r"^(\w+)\t([^,\n]+)", words, re.MULTILINE))  # the first of several names
     return DataSource(*arrays, len(wnids), *MOMENTS, tuple(name_of.get(wnid, wnid) for wnid in wnids))
@@ -40,7 +42,7 @@ def _read(path):
 
 def _label_val(annotations, wnids):
     """Images of val/ and their labels, in the order of the annotations: a file name, a class and a box on a line."""
-    found = {image.name: image for image in list_images(annotations.parent)}
+    found = {image.name: image for image in list_images(annotations.parent, Counter())}
     wnid_of = dict(re.findall(r"^(.+?)\t(\w+)\t", _read(annotations), re.MULTILINE))
     odd = [name for name in found.keys() | wnid_of.keys() if name not in found or wnid_of.get(name) not in wnids]
     if odd or not found:

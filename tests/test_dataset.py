@@ -417,6 +417,48 @@ def test_folder_nested_sorted_hidden_and_other_files(tmp_path):
     assert np.array_equal(source.train_images[3], np.asarray(Image.open(cat / "more" / "deep" / "0.JPEG")))
 
 
+def test_folder_follows_links_once(tmp_path):
+    """Into a class folder, of a whole class, of a file; and in circles."""
+    want = load_folder(make_folder(tmp_path / "plain"))
+    root, elsewhere = make_folder(tmp_path / "linked"), tmp_path / "elsewhere"
+    shutil.move(root / "train" / "dog", elsewhere / "dog")
+    (root / "train" / "dog").symlink_to(elsewhere / "dog")
+    (elsewhere / "more").mkdir()
+    shutil.move(root / "train" / "cat" / "001.png", elsewhere / "more")
+    (root / "train" / "cat" / "more").symlink_to(elsewhere / "more")
+    (root / "test" / "cat" / "000.png").rename(elsewhere / "file.png")
+    (root / "test" / "cat" / "000.png").symlink_to(elsewhere / "file.png")
+    for circle in (root / "train" / "cat" / "up", elsewhere / "more" / "self", elsewhere / "dog" / "all"):
+        circle.symlink_to(circle.parent if circle.name != "up" else root)
+    (root / "train" / "cat" / "more_again").symlink_to(elsewhere / "more")
+    check_equal(load_folder(root), want)
+
+
+@pytest.mark.parametrize("path", ["train/cat/000.png", "train/cat/more", "train/cow", "test/dog/x.heic"])
+def test_folder_refuses_a_dead_link(tmp_path, path):
+    (make_folder(tmp_path) / path).unlink(missing_ok=True)
+    (tmp_path / path).symlink_to(tmp_path / "gone")
+    assert str(tmp_path / path) in refuse("folder", tmp_path)
+
+
+def test_folder_says_what_is_left_out(tmp_path, capfd):
+    want = load_folder(make_folder(tmp_path))
+    assert capfd.readouterr() == ("", "")
+    for name in ("1.heic", "2.HEIC", "3.avif", "4.jp2", "deep/5.txt", "6"):
+        (tmp_path / "train" / "cat" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / "cat" / name).write_text("")
+    (tmp_path / "test" / "loose.png").write_text("")
+    for junk in ("@eaDir/000.png", "__MACOSX/x/000.png", ".thumbnails/000.png", "Thumbs.db", ".DS_Store", "._000.png"):
+        for folder in (tmp_path / "train", tmp_path / "train" / "cat", tmp_path / "test" / "dog"):
+            (folder / junk).parent.mkdir(parents=True, exist_ok=True)
+            (folder / junk).write_text("")
+    check_equal(load_folder(tmp_path), want)
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("note: ") and err.count("\n") == 1 and str(tmp_path) in err
+    said = set(err.rstrip().rpartition(": ")[2].split(", "))
+    assert said == {"2 .heic", "1 .avif", "1 .jp2", "1 .txt", "1 .png", "1 without a suffix"}
+
+
 def test_folder_without_test_images_of_a_class(tmp_path):
     shutil.rmtree(make_folder(tmp_path) / "test" / "cat")
     assert load_folder(tmp_path).test_labels.tolist() == [1, 1]
@@ -539,7 +581,7 @@ FOLDER_ERRORS = {
     "no test": (remove("test"), "{root} "),
     "no classes in train": (no_classes("train"), "{root}/train"),
     "no classes in test": (no_classes("test"), "{root}/test"),
-    "one class": (remove("train/dog"), "{root}/train has only one class, 'cat'"),
+    "one class": (remove("train/dog"), "{root}/train has 1 class"),
     "empty class": (empty_class("train/dog"), "{root}/train/dog"),
     "empty test class": (empty_class("test/dog"), "{root}/test/dog"),
     "unknown test class": (empty_class("test/cow"), "{root}/test has a class 'cow'"),

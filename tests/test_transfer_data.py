@@ -239,7 +239,7 @@ TINY_ERRORS = {
     "class folder gone": (remove("train/n02"), NOTES),
     "empty class": (empty("train/n02/images"), "train/n02"),
     "train gone": (remove("train"), "train"),
-    "val gone": (remove("val"), NOTES),
+    "val gone": (remove("val"), "val"),
     "val images gone": (empty("val/images"), "val_0.JPEG"),
     "no annotations": (remove(NOTES), NOTES),
     "empty annotations": (write(NOTES, b""), "val_0.JPEG"),
