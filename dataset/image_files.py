@@ -1,13 +1,15 @@
 """Data sets of image files: listed by class folder, decoded to RGB, cached."""
 
 import os
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dataset.base import DataError, channel_moments, stack
 from dataset.cache import load_or_build
@@ -16,6 +18,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", "
 JUNK = {"@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "lost+found"}  # folders of other programs
 JUNK |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # and their files; many more are hidden
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # decoders that may run, whatever a file is called
+REPORTED = 20  # of the files that cannot be read
 Split = tuple[list[Path], np.ndarray]  # files and their labels (N,)
 
 
@@ -33,14 +36,17 @@ def _suffix(entry):
 
 
 def list_classes(split: Path, left_out: Counter) -> dict[str, Path]:
-    """Class folders by name, sorted; files beside them are counted in left_out by suffix."""
+    """Class folders by name in NFC, sorted; files beside them are counted in left_out by suffix."""
     classes = {}
     for entry in list_entries(split):
-        if entry.is_dir():
-            classes[entry.name] = Path(entry.path)
-        else:
+        name = unicodedata.normalize("NFC", entry.name)  # macOS writes accents apart from their letters
+        if not entry.is_dir():
             left_out[_suffix(entry)] += 1
-    return classes
+        elif name in classes:
+            raise DataError(f"{split} has two folders of the class {name!r}, with its accents written in two ways")
+        else:
+            classes[name] = Path(entry.path)
+    return dict(sorted(classes.items()))
 
 
 def label_images(folders: dict[str, Path], names: Sequence[str], left_out: Counter) -> Split:
@@ -82,7 +88,8 @@ def load_images(
     """Decode both splits, or load them from the cache -> (images and labels of both), (mean and std of train)."""
 
     def build() -> list[np.ndarray]:
-        images = [decode(files, size, num_workers) for files, _ in (train, test)]
+        images = decode(train[0] + test[0], size, num_workers)  # at once, to report all that cannot be read
+        images = np.split(images, [len(train[0])])
         return [*images, np.array(channel_moments(images[0]))]  # (2, 3)
 
     train_images, test_images, moments = load_or_build(root, name, size, train[0] + test[0], build)
@@ -90,21 +97,34 @@ def load_images(
 
 
 def decode(files: Sequence[Path], size: int, num_workers: int = 0) -> np.ndarray:
-    """Decode image files -> (N, size, size, 3) uint8, resized by Pillow's bilinear filter. Raises DataError."""
+    """Decode image files -> (N, size, size, 3) uint8, resized by Pillow's bilinear filter.
+
+    Raises DataError with all files that cannot be read, the first REPORTED of them by name.
+    """
+    failed = {}
 
     def read(i: int) -> np.ndarray:
         try:
             return np.asarray(_open(files[i], size))
         except Exception as error:  # decoders raise a dozen kinds for a damaged file
-            raise DataError(f"cannot read the image {files[i]} ({type(error).__name__}: {error})") from error
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+            failed[i] = f"{files[i]} ({reason})"
+            return np.zeros((size, size, 3), np.uint8)
 
     with warnings.catch_warnings():  # here, as this is not thread-safe
         warnings.simplefilter("ignore")  # about metadata
-        return stack(read, len(files), size, num_workers)
+        images = stack(read, len(files), size, num_workers)
+    if failed:
+        names = ", ".join(failed[i] for i in sorted(failed)[:REPORTED]) + ", ..." * (len(failed) > REPORTED)
+        raise DataError(f"cannot read {len(failed):,} of {len(files):,} images: {names}")
+    return images
 
 
 def _open(path, size):
     with Image.open(path, formats=FORMATS) as image:
+        image.load()
+        with suppress(Exception):  # EXIF data is often damaged, and then an image is used as it is stored
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
             grey = np.asarray(image)
             if grey.min() < 0 or grey.max() > 65535:

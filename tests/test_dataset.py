@@ -529,6 +529,32 @@ def test_folder_modes(tmp_path, name):
     assert np.abs(source.train_images[2].astype(int) - colour).max() <= 2 * name.endswith("jpg")
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
+def test_folder_turns_images_as_their_exif_data_says(tmp_path, name):
+    """6 is a quarter turn to the right; damaged EXIF data is no reason to refuse an image."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "camera"
+    path = save(make_folder(tmp_path) / "train" / "cat" / name, picture(3), exif=exif, lossless=True)
+    with Image.open(path) as image:
+        stored = np.asarray(image.convert("RGB"))
+    stored = np.rot90(stored) if name == "a.tif" else stored  # which Pillow has turned
+    assert np.array_equal(load_folder(tmp_path).train_images[2], np.rot90(stored, -1))
+    if name == "a.jpg":
+        path.write_bytes(path.read_bytes().replace(b"MM\0*", b"MM\0!").replace(b"II*\0", b"II!\0"))
+        assert np.array_equal(load_folder(tmp_path).train_images[2], stored)
+
+
+def test_folder_compares_class_names_in_nfc(tmp_path):
+    """macOS writes é as e and an accent."""
+    make_folder(tmp_path)
+    (tmp_path / "train" / "dog").rename(tmp_path / "train" / "caf\u00e9")
+    (tmp_path / "test" / "dog").rename(tmp_path / "test" / "cafe\u0301")
+    source = load_folder(tmp_path)
+    assert source.class_names == ("caf\u00e9", "cat") and source.test_labels.tolist() == [0, 0, 1, 1]
+    save(tmp_path / "train" / "cafe\u0301" / "0.png", picture(0))
+    assert "caf\u00e9" in refuse("folder", tmp_path)
+
+
 def test_folder_with_a_wrong_suffix_is_read_by_content(tmp_path):
     make_folder(tmp_path)
     save(tmp_path / "train" / "cat" / "jpeg.png", Image.new("RGB", (32, 32), (128, 128, 128)), format="JPEG")
@@ -610,12 +636,17 @@ def test_folder_errors(tmp_path, case):
         assert want.format(root=root).replace("/", os.sep) in said.replace("/", os.sep)
 
 
-def test_folder_names_the_first_damaged_image_whatever_the_threads(tmp_path):
+def test_folder_reports_all_unreadable_images_together(tmp_path):
     make_folder(tmp_path, n=150)
-    for i in (70, 140):
-        (tmp_path / "train" / "cat" / f"{i:03d}.png").write_text("no image")
+    damaged = [tmp_path / split / "cat" / f"{i:03d}.png" for split in ("train", "test") for i in range(0, 150, 10)]
+    for path in damaged:
+        path.write_text("no image")
     for num_workers in (0, 4):
-        assert "070.png" in refuse("folder", tmp_path, num_workers=num_workers)
+        said = refuse("folder", tmp_path, num_workers=num_workers)
+        assert "30 of 600" in said and [str(path) in said for path in damaged] == [True] * 20 + [False] * 10
+    for path in damaged[1:]:
+        save(path, picture(0))
+    assert "1 of 600" in refuse("folder", tmp_path)  # nothing of it was cached
 
 
 def test_folder_decompression_bomb(tmp_path, monkeypatch):
