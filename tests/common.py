@@ -24,8 +24,8 @@ def make_source(n=60, n_cls=10, size=32):
     return DataSource(images, labels, images[:18], labels[:18], n_cls, (0.5,) * 3, (0.25,) * 3, names)
 
 
-def make_loader(source, batch_size=4, dtype=torch.float32):
-    same = {"mean": source.mean, "std": source.std, "dtype": dtype}
+def make_loader(source, batch_size=4):
+    same = {"mean": source.mean, "std": source.std}
     return DeviceLoader(source.train_images, source.train_labels, batch_size, augment=True, seed=3, **same)
 
 

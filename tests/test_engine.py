@@ -68,6 +68,23 @@ def train_epochs(students, teacher, opt, epochs, graph=None, loader=None):
 # --- the loop and a plain one ---
 
 
+class DoubleLoader:
+    """The batches of another loader, in float64."""
+
+    def __init__(self, loader):
+        self.loader, self.set_epoch, self.plans = loader, loader.set_epoch, loader.plans
+
+    def __len__(self):
+        return len(self.loader)
+
+    def batch(self, plan):
+        images, target, index = self.loader.batch(plan)
+        return images.double(), target, index
+
+    def __iter__(self):
+        return map(self.batch, self.plans())
+
+
 def plain_loop(student, net, opt, loader, epochs):
     """As one would write it down: contiguous images, SGD tensor by tensor, a float learning rate."""
     model, method = student.model.to(memory_format=torch.contiguous_format), student.distiller
@@ -104,7 +121,7 @@ def test_the_loop_equals_a_plain_one(name, net, teacher, tmp_path):
     """In float64, where nothing but the order of additions differs and ten steps do not amplify it to be seen."""
     opt, student = setting(name, teacher, tmp_path, "--lr_decay_epochs", "1")
     _, other = setting(name, teacher, tmp_path)
-    net, loader = copy.deepcopy(net).double(), make_loader(DATA, dtype=torch.float64)
+    net, loader = copy.deepcopy(net).double(), DoubleLoader(make_loader(DATA))
     for each in (student, other):
         each.model.double()
         each.distiller.double()
