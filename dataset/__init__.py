@@ -24,10 +24,21 @@ dataset_dict = {
 
 
 def load_dataset(
-    name: str, data_folder: str | Path, image_size: int | None = None, download: bool = True, num_workers: int = 0
+    name: str,
+    data_folder: str | Path,
+    image_size: int | None = None,
+    download: bool = True,
+    num_workers: int = 0,
+    test_folder: str | None = None,
 ) -> DataSource:
-    """Load a data set by name, resized to image_size if that is given. Raises DataError or OSError."""
+    """Load a data set by name, resized to image_size if that is given. Raises DataError or OSError.
+
+    test_folder: for the data set "folder", where its test images are, instead of test/ or val/
+    """
     if name not in dataset_dict:
         closest = get_close_matches(name, dataset_dict, len(dataset_dict), cutoff=0)
         raise DataError(f"unknown data set {name!r}, known are: {', '.join(closest)}")
-    return dataset_dict[name](Path(data_folder), image_size, download, num_workers)
+    if test_folder and name != "folder":
+        raise DataError(f"--test_folder is for --dataset folder, {name} has a test set of its own")
+    own = (test_folder,) if name == "folder" else ()
+    return dataset_dict[name](Path(data_folder), image_size, download, num_workers, *own)

@@ -1,4 +1,4 @@
-"""TinyImageNet-200, as its official archive unpacks."""
+"""TinyImageNet-200, as its official archive unpacks or as scripts have sorted it since."""
 
 import os
 import re
@@ -22,27 +22,34 @@ def tinyimagenet(data_folder: Path, image_size: int | None, download: bool, num_
     """TinyImageNet: 100,000 + 10,000 photographs 64x64, made 32x32, 200 classes (248 MB, sh data/get_tinyimagenet.sh).
 
     image_size changes the 32x32. data_folder holds tiny-imagenet-200/, or is it; val/ is the test set. Classes are
-    the sorted folders of train/, as for torchvision's ImageFolder; words.txt has their names.
+    the sorted folders of train/, as for torchvision's ImageFolder; words.txt has their names. Images may lie in
+    <wnid>/ or <wnid>/images/, and val/ may be sorted by class; then its annotations are not needed.
     """
-    root = data_folder / FOLDER if (data_folder / FOLDER).is_dir() else data_folder
-    if not (root / "wnids.txt").is_file():
+    roots = [data_folder / FOLDER, data_folder, *sorted(data_folder.glob(f"*/{FOLDER}"))]
+    root = next((path for path in roots if (path / "wnids.txt").is_file()), None)
+    if root is None:
         get = f"sh data/get_tinyimagenet.sh {quote(str(data_folder))}"
         raise DataError(f"{data_folder} has no {FOLDER}/ with a wnids.txt in it; this gets it: {get}")
     classes, words = list_classes(root / "train", Counter()), _read(root / "words.txt")
-    wnids = list(classes)
-    splits = label_images(classes, wnids, Counter()), _label_val(root / "val" / "val_annotations.txt", wnids)
+    splits = label_images(classes, list(classes), Counter()), _label_val(root / "val", list(classes))
     arrays, _ = load_images(root, "tinyimagenet", image_size or 32, *splits, num_workers)
     name_of = dict(re.findall(r"^(\w+)\t([^,\n]+)", words, re.MULTILINE))  # the first of several names
-    return DataSource(*arrays, len(wnids), *MOMENTS, tuple(name_of.get(wnid, wnid) for wnid in wnids))
+    return DataSource(*arrays, len(classes), *MOMENTS, tuple(name_of.get(wnid, wnid) for wnid in classes))
 
 
 def _read(path):
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _label_val(annotations, wnids):
-    """Images of val/ and their labels, in the order of the annotations: a file name, a class and a box on a line."""
-    found = {image.name: image for image in list_images(annotations.parent, Counter())}
+def _label_val(val, wnids):
+    """Images of val/ and their labels: by class folder or, as in the archive, in the order of the annotations."""
+    found = {image.name: image for image in list_images(val, Counter())}
+    if folders := {wnid: val / wnid for wnid in wnids if (val / wnid).is_dir()}:
+        files, labels = label_images(folders, wnids, Counter())
+        if odd := (found.keys() - {path.name for path in files}) | (set(wnids) - folders.keys()):
+            raise DataError(f"{val} is sorted by class only in part, see {min(odd)}")
+        return files, labels
+    annotations = val / "val_annotations.txt"  # a file name, a class and a box on each line
     wnid_of = dict(re.findall(r"^(.+?)\t(\w+)\t", _read(annotations), re.MULTILINE))
     odd = [name for name in found.keys() | wnid_of.keys() if name not in found or wnid_of.get(name) not in wnids]
     if odd or not found:

@@ -402,6 +402,29 @@ def test_folder_prefers_test_to_val(tmp_path):
     assert len(load_folder(tmp_path).test_labels) == 4
 
 
+@pytest.mark.parametrize("path", ["0.png", "images/0.png", "unknown/0.png"])
+def test_folder_reads_val_where_test_has_no_labels(tmp_path, path, capfd):
+    want = load_folder(make_folder(tmp_path, "val", 3))
+    save(tmp_path / "test" / path, picture(0))
+    check_equal(load_folder(tmp_path), want)
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("note: ") and err.count("\n") == 1 and str(tmp_path / "val") in err
+    shutil.rmtree(tmp_path / "val")
+    assert str(tmp_path / "test") in refuse("folder", tmp_path)
+
+
+def test_folder_test_folder_is_chosen_by_name(tmp_path, capfd):
+    make_folder(tmp_path, "test", 2)
+    make_folder(tmp_path, "holdout", 3)
+    assert len(load_folder(tmp_path, test_folder="holdout").test_labels) == 6
+    assert len(load_folder(tmp_path).test_labels) == 4
+    assert "nowhere/" in refuse("folder", tmp_path, test_folder="nowhere")
+    save(tmp_path / "loose" / "0.png", picture(0))
+    assert str(tmp_path / "loose") in refuse("folder", tmp_path, test_folder="loose")
+    assert "--test_folder" in refuse("digits", tmp_path, test_folder="test")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_folder_nested_sorted_hidden_and_other_files(tmp_path):
     make_folder(tmp_path)
     cat = tmp_path / "train" / "cat"

@@ -205,6 +205,60 @@ def test_tinyimagenet_missing_says_which_script_gets_it(tmp_path):
         (folder / "tiny-imagenet-200").mkdir(parents=True, exist_ok=True)
 
 
+def sort_val(tiny, below=""):
+    for i, wnid in enumerate(VAL):
+        (tiny / "val" / wnid / below).mkdir(parents=True, exist_ok=True)
+        (tiny / "val" / "images" / f"val_{i}.JPEG").rename(tiny / "val" / wnid / below / f"val_{i}.JPEG")
+
+
+def flatten_train(tiny):
+    for wnid in WNIDS:
+        for path in (tiny / "train" / wnid / "images").iterdir():
+            path.rename(tiny / "train" / wnid / path.name)
+        (tiny / "train" / wnid / "images").rmdir()
+
+
+def nest(tiny):
+    tiny.rename(tiny.parent / "moved")
+    tiny.mkdir()
+    (tiny.parent / "moved").rename(tiny / tiny.name)
+
+
+LAYOUTS = {
+    "val by class": [sort_val],
+    "val by class, in images/": [lambda tiny: sort_val(tiny, "images")],
+    "val by class, without annotations and images/": [
+        sort_val,
+        lambda tiny: (tiny / "val" / "val_annotations.txt").unlink(),
+        lambda tiny: (tiny / "val" / "images").rmdir(),
+    ],
+    "flat train": [flatten_train],
+    "flat val": [lambda tiny: [path.rename(tiny / "val" / path.name) for path in (tiny / "val/images").iterdir()]],
+    "one more folder": [nest],
+    "all of it": [flatten_train, sort_val, nest],
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_tinyimagenet_as_scripts_leave_it(tiny, case):
+    want = load_tiny(tiny)
+    for change in LAYOUTS[case]:
+        change(tiny)
+    got = load_tiny(tiny)
+    by_class = np.argsort(want.test_labels, kind="stable") if "val by" in case or "all" in case else slice(None)
+    check_equal(got, want._replace(test_images=want.test_images[by_class], test_labels=want.test_labels[by_class]))
+
+
+def test_tinyimagenet_sorted_in_part(tiny):
+    sort_val(tiny)
+    save(tiny / "val" / "images" / "val_9.JPEG", picture(9))
+    assert "val_9.JPEG" in refuse("tinyimagenet", tiny.parent)
+    (tiny / "val" / "images" / "val_9.JPEG").rename(tiny / "val" / "images" / "val_0.JPEG")  # a copy does not count
+    assert len(load_tiny(tiny).test_labels) == len(VAL)
+    shutil.rmtree(tiny / "val" / "n03")
+    assert "n03" in refuse("tinyimagenet", tiny.parent)
+
+
 def annotate(change):
     def apply(tiny):
         path = tiny / "val" / "val_annotations.txt"
