@@ -1,6 +1,7 @@
 """Data sets by name: whole sets as uint8 arrays, read once."""
 
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 
 from dataset.base import DataError, DataSource
@@ -38,7 +39,7 @@ def load_dataset(
     if name not in dataset_dict:
         closest = get_close_matches(name, dataset_dict, len(dataset_dict), cutoff=0)
         raise DataError(f"unknown data set {name!r}, known are: {', '.join(closest)}")
-    if test_folder and name != "folder":
-        raise DataError(f"--test_folder is for --dataset folder, {name} has a test set of its own")
-    own = (test_folder,) if name == "folder" else ()
-    return dataset_dict[name](Path(data_folder), image_size, download, num_workers, *own)
+    load, chosen = dataset_dict[name], {"test_folder": test_folder} if test_folder else {}
+    if not chosen.keys() <= signature(load).parameters.keys():
+        raise DataError(f"--test_folder: the data set {name} has a test set of its own")
+    return load(Path(data_folder), image_size, download, num_workers, **chosen)

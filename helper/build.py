@@ -60,7 +60,7 @@ def move_teacher(teacher: Teacher, device: torch.device, opt: argparse.Namespace
 
 def load_source(opt: argparse.Namespace) -> DataSource:
     """The data set of --dataset, with --val_split's share of every class's training images held out."""
-    source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
+    source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers, opt.test_folder)
     crc32 = zlib.crc32("\0".join(source.class_names).encode())
     for array in (source.train_images, source.train_labels, source.test_images, source.test_labels):
         crc32 = zlib.crc32(np.ascontiguousarray(array), crc32)

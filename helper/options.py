@@ -127,6 +127,7 @@ def parser_for(description: str, **defaults) -> Parser:
     add("--momentum", type=share, default=0.9, help="(0.9)")
     add("--dataset", **named("data set", dataset_dict), default="cifar100", help="see below (%(default)s)")
     add("--data_folder", free=True, type=Path, default=Path("data"), help="where the data set is or is put (./data)")
+    add("--test_folder", free=True, metavar="NAME", help="of --dataset folder: its test images (test/, or val/)")
     add("--download", free=True, action=on_off, default=True, help="fetch a missing data set (on)")
     add("--image_size", type=number(int, 8, 1024), help=f"resize all images to this, once ({size})")
     add("--seed", type=number(int, 0), help="of initialisation, order and augmentation (the trial's number)")
