@@ -23,7 +23,7 @@ from helper.run import Run
 from helper.student import Student, Teacher, forward_of
 from helper.util import RunError, choose_device, has_native_bf16, seed_all, stream
 from models import create_model
-from models.util import feature_shapes
+from models.util import feature_shapes, head
 
 
 def set_up(opt: argparse.Namespace) -> torch.device:
@@ -143,10 +143,12 @@ def build(
         if net is not None:
             data[f"{side}_shapes"] = feature_shapes(net, image_size)
             data[f"{side}_dim"] = data[f"{side}_shapes"][-1][1]
+    data["head_t"] = head(teacher.model) if teacher.model is not None else None
     check_last_batch([*data["s_shapes"], *data.get("t_shapes", ())], data["n_data"], opt)
     options = {key: value for key, value in getattr(opt, "options", {}).items() if key in method_options(method)}
     seed_all(opt.seed, "method", method)
     distiller = create_distiller(method, options, **data).to(device)
+    model = distiller.predictor(model)
     weights = weights_of(method, opt)
     config = {
         "role": role,
@@ -175,7 +177,7 @@ def build(
     model = model.to(device, memory_format=memory_format(opt))
     forward = forward_of(model, opt.precision, opt.compile)
     name = method if role == "student" else arch
-    student = Student(name, model, distiller, weights, run, getattr(opt, "kd_T", 4.0), forward)
+    student = Student(name, model, distiller, weights, run, getattr(opt, "kd_T", 4.0), forward, data["head_t"])
     if (state := run.find(opt.resume)) is None:
         student.start(opt)
     else:

@@ -167,10 +167,12 @@ class Student:
         run: Run,
         T: float = 4.0,
         forward: Forward | None = None,
+        head_t: nn.Linear | None = None,
     ):
         self.name, self.model, self.distiller, self.run, self.T = name, model, distiller, run, T
         self.weights = {"gamma": 0.0, "alpha": 0.0, "beta": 0.0, **weights}
         self.forward = forward or forward_of(model)
+        self.head_t = head_t  # the teacher's classifier
         self.has_term = type(distiller).forward is not Distiller.forward and self.weights["beta"] != 0
         device = next(model.parameters()).device
         self.meters = Meters(device)
@@ -249,7 +251,8 @@ class Student:
         div = method.kl(logit_s, logit_t, self.T) if w["alpha"] else torch.zeros_like(cls)
         kd = torch.zeros_like(cls)
         if self.has_term:
-            known = {"index": index, "target": target, "logit_s": logit_s, "logit_t": logit_t, "epoch": self.epoch}
+            known = {"index": index, "target": target, "logit_s": logit_s, "logit_t": logit_t}
+            known |= {"epoch": self.epoch, "head_t": self.head_t}
             f_s, f_t = select_feats(g_s, method.feats), select_feats(g_t, method.feats)
             kd = method(f_s, f_t, **{name: known[name] for name in method.needs})
         loss = w["gamma"] * cls + w["alpha"] * div + w["beta"] * kd
