@@ -539,24 +539,49 @@ def test_a_folder_unpacked_in_part_by_hand_is_left_alone(archive):
     assert names_in(archive.parent) == WHOLE and names_in(archive.parent / "tiny-imagenet-200") == ["train"]
 
 
-def test_the_script_unpacks_an_archive_put_into_a_fresh_clone(archive, tmp_path):
-    clone = tmp_path / "clone"
-    shutil.copytree(ROOT / "dataset", clone / "dataset")
-    (clone / "data").mkdir()
-    archive.rename(clone / "data" / archive.name)
-    script = shutil.copy(SCRIPT, clone / "data")
-    (clone / ".venv" / "bin").mkdir(parents=True)
-    (clone / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (clone / ".venv" / "bin" / "python").chmod(0o755)
-    done = subprocess.run(["sh", script], cwd=tmp_path, env=os.environ | {"PYTHON": "none"}, capture_output=True)
-    assert done.returncode == 0 and done.stderr == b"" and str(clone / "data").encode() in done.stdout
-    assert load_dataset("tinyimagenet", clone / "data").n_cls == 3
+class Clone:
+    """A fresh clone without an environment, called from beside it, where another package has the same name."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.data = folder, folder / "clone" / "data"
+        shutil.copytree(ROOT / "dataset", folder / "clone" / "dataset")
+        self.data.mkdir()
+        shutil.copy(SCRIPT, self.data)
+        (folder / "dataset.py").write_text("raise SystemExit('another package')")
+
+    def python(self, path: Path, *flags: str) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/sh\nexec {sys.executable} {" ".join(flags)} "$@"\n')
+        path.chmod(0o755)
+        return path
+
+    def get(self, *args: str, python: str | Path = sys.executable) -> subprocess.CompletedProcess:
+        command, env = ["sh", "clone/data/get_tinyimagenet.sh", *args], os.environ | {"PYTHON": str(python)}
+        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("args", [["new"], ["--help"], ["a", "b"], [""]])
-def test_the_script_ends_in_one_sentence(archive, tmp_path, args):
-    env = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(["sh", str(SCRIPT), *args], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
-    if args == ["new"]:
-        assert NOWHERE in done.stderr and "new/tiny-imagenet-200.zip" in done.stderr
+@pytest.fixture
+def clone(tmp_path):
+    (tmp_path / "here").mkdir()
+    return Clone(tmp_path / "here")
+
+
+def test_the_script_unpacks_an_archive_put_there_by_hand(archive, clone):
+    archive.rename(clone.data / archive.name)
+    clone.python(clone.data.parent / ".venv" / "bin" / "python")
+    done = clone.get(python="none")
+    assert done.returncode == 0 and done.stderr == "" and str(clone.data) in done.stdout
+    assert load_dataset("tinyimagenet", clone.data).n_cls == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "flags", "said"),
+    [
+        (["new"], [], "new/tiny-imagenet-200.zip"),
+        (["new"], ["-S"], "requirements.txt"),  # without torchvision
+        *[(args, [], "usage") for args in (["--help"], ["a", "b"], [""])],
+    ],
+)
+def test_the_script_ends_in_one_sentence(archive, clone, args, flags, said):
+    done = clone.get(*args, python=clone.python(clone.folder / "python", *flags))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == "" and said in done.stderr
