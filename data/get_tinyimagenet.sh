@@ -11,15 +11,17 @@ case $#:${1:-} in
 esac
 python=$here/../.venv/bin/python
 [ -x "$python" ] || python=${PYTHON:-python3}
-PYTHONPATH=$here/.. exec "$python" - "${1:-$here}" <<'END'
+exec "$python" - "${1:-$here}" "$here/.." <<'END'
 import sys
 from pathlib import Path
 
+sys.path[0] = sys.argv[2]  # it is the current folder, which may hold another package `dataset`
 try:
     from dataset.tinyimagenet import download
 
     print(f"{download(Path(sys.argv[1]))} is complete: --dataset tinyimagenet --data_folder {sys.argv[1]}")
 except (ImportError, OSError, ValueError) as error:
-    print(f"get_tinyimagenet.sh: {error}", file=sys.stderr)
+    hint = "; pip install -r requirements.txt, or let PYTHON name a Python that has it" * isinstance(error, ImportError)
+    print(f"get_tinyimagenet.sh: {error}{hint}", file=sys.stderr)
     sys.exit(2)
 END

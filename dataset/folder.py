@@ -41,7 +41,7 @@ def folder(
     arrays, moments = load_images(data_folder, "folder", image_size or 32, *splits, num_workers)
     if left_out:
         kinds = ", ".join(f"{n:,} {kind if kind.isprintable() else '?'}" for kind, n in left_out.most_common(10))
-        notes.append(f"{data_folder}: left out, by format or because in no class folder: {kinds}")
+        notes.append(f"left out of {data_folder} (not in a class folder, or not in a format that is read): {kinds}")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return DataSource(*arrays, len(names), *moments, tuple(names))

@@ -15,15 +15,16 @@ from dataset.base import DataError, channel_moments, stack
 from dataset.cache import load_or_build
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
-JUNK = {"@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "lost+found"}  # folders of other programs
-JUNK |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}  # and their files; many more are hidden
+# Folders and files that other programs leave among images; many more are hidden.
+JUNK = {"@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "lost+found"}
+JUNK |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # decoders that may run, whatever a file is called
 REPORTED = 20  # of the files that cannot be read
 Split = tuple[list[Path], np.ndarray]  # files and their labels (N,)
 
 
 def list_entries(folder: str | Path) -> list[os.DirEntry]:
-    """What a folder holds, sorted by name, without what is hidden or of other programs. A dead link is a DataError."""
+    """Entries of a folder, sorted by name, without hidden ones and JUNK. Raises DataError for a dead link."""
     entries = [e for e in os.scandir(folder) if not e.name.startswith(".") and e.name.lower() not in JUNK]
     for entry in entries:
         if entry.is_symlink() and not os.path.exists(entry.path):
@@ -36,7 +37,7 @@ def _suffix(entry):
 
 
 def list_classes(split: Path, left_out: Counter) -> dict[str, Path]:
-    """Class folders by name in NFC, sorted; files beside them are counted in left_out by suffix."""
+    """List the class folders, {name in NFC: folder}, sorted; files beside them are counted in left_out by suffix."""
     classes = {}
     for entry in list_entries(split):
         name = unicodedata.normalize("NFC", entry.name)  # macOS writes accents apart from their letters
@@ -50,7 +51,7 @@ def list_classes(split: Path, left_out: Counter) -> dict[str, Path]:
 
 
 def label_images(folders: dict[str, Path], names: Sequence[str], left_out: Counter) -> Split:
-    """Images of class folders, in the order of names; a label is the class's place in names."""
+    """List the images of class folders in the order of names; a label is the index of the class in names."""
     files, labels = [], []
     for label, name in enumerate(names):
         if name in folders:
@@ -63,9 +64,9 @@ def label_images(folders: dict[str, Path], names: Sequence[str], left_out: Count
 
 
 def list_images(folder: Path, left_out: Counter) -> list[Path]:
-    """Images below a folder, at any depth, sorted by path; other files are counted in left_out by suffix.
+    """List the images below a folder, at any depth, sorted by path; other files are counted in left_out by suffix.
 
-    Links are followed, each folder is entered once, and none above this one: links may lead in circles.
+    Links are followed. Each folder is entered once, and none above this one, as links may lead in circles.
     """
     real = Path(os.path.realpath(folder))
     entered, waiting, found = {real, *real.parents}, [folder], []
@@ -88,7 +89,7 @@ def load_images(
     """Decode both splits, or load them from the cache -> (images and labels of both), (mean and std of train)."""
 
     def build() -> list[np.ndarray]:
-        images = decode(train[0] + test[0], size, num_workers)  # at once, to report all that cannot be read
+        images = decode(train[0] + test[0], size, num_workers)  # in one pass, to report all that cannot be read
         images = np.split(images, [len(train[0])])
         return [*images, np.array(channel_moments(images[0]))]  # (2, 3)
 

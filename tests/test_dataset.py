@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from dataset import DataError, DataSource, dataset_dict, load_dataset
@@ -240,16 +238,7 @@ def test_cifar_reads_the_official_layout_without_a_warning(cifar):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cifar.check(load_dataset(cifar.name, cifar.root, download=False))
-
-
-def test_cifar_resized_on_load(cifar):
-    for size, num_workers in ((16, 0), (40, 2)):
-        source = load_dataset(cifar.name, str(cifar.root), size, False, num_workers)
-        check_source(source, size)
-        for got, full in zip((source.train_images, source.test_images), cifar.images, strict=True):
-            for image, whole in zip(got, full, strict=True):
-                want = Image.fromarray(whole).resize((size, size), Image.Resampling.BILINEAR)
-                assert np.array_equal(image, np.asarray(want))
+    check_source(load_dataset(cifar.name, str(cifar.root), 16, False, 2), 16)
 
 
 @pytest.mark.parametrize("download", [True, False])
@@ -308,47 +297,17 @@ def test_cifar_archive_put_there_by_hand(cifar, tmp_path, download):
 # --- digits
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return load_dataset("digits", "nowhere")
-
-
-def test_digits_are_the_same_on_every_machine(digits):
-    check_source(digits, 32)
-    assert (len(digits.train_labels), len(digits.test_labels), digits.n_cls) == (1000, 797, 10)
-    assert digits.flip is False and digits.class_names == tuple("0123456789")
-    arrays = (digits.train_images, digits.train_labels, digits.test_images, digits.test_labels)
-    total = hashlib.sha256(b"".join(a.astype(a.dtype.newbyteorder("<")).tobytes() for a in arrays)).hexdigest()
+def test_digits_are_the_same_on_every_machine():
+    source = load_dataset("digits", "nowhere")
+    check_source(source, 32)
+    assert (len(source.train_labels), len(source.test_labels), source.n_cls) == (1000, 797, 10)
+    assert source.flip is False and source.class_names == tuple("0123456789")
+    total = hashlib.sha256(b"".join(a.astype(a.dtype.newbyteorder("<")).tobytes() for a in source[:4])).hexdigest()
     assert total == "a1999a53fa80fe522be9d3e8c88c820f42fe68115bf54d1cbc6a1b5791bd551a"
-    assert (digits.mean[0], digits.std[0]) == (0.30540998774509803, 0.3240162644909455)
-    values = digits.train_images.astype(np.float64) / 255
-    assert np.allclose(digits.mean, values.mean((0, 1, 2)), rtol=1e-12)
-    assert np.allclose(digits.std, values.std((0, 1, 2)), rtol=1e-12)
-
-
-def test_digits_are_each_used_once_and_enlarged_from_the_original(digits):
-    from sklearn.datasets import load_digits
-
-    small, labels = load_digits(return_X_y=True)
-    x = torch.from_numpy(small).view(-1, 1, 8, 8).mul(255 / 16).floor().float()
-    large = F.interpolate(x, (32, 32), mode="bilinear")[:, 0].numpy()  # half-pixel centres, as Pillow
-    images = np.concatenate((digits.train_images, digits.test_images))[..., 0]
-    classes = np.concatenate((digits.train_labels, digits.test_labels))
-    # Either part is in file order: walk through the file and take each image from the part that has it next.
-    ends, position = (1000, 1797), [0, 1000]
-    for want, label in zip(large, labels, strict=True):
-        at = [p for p, end in zip(position, ends, strict=True) if p < end and np.abs(images[p] - want).max() < 1.01]
-        assert len(at) == 1 and classes[at[0]] == label
-        position[position.index(at[0])] += 1
-    assert position == [1000, 1797]
-    train, test = np.bincount(digits.train_labels), np.bincount(digits.test_labels)
-    assert np.abs(train - (train + test) * 1000 / 1797).max() <= 1
-
-
-def test_digits_in_another_size():
-    source = load_dataset("digits", "nowhere", image_size=8)
-    check_source(source, 8)
-    assert set(np.unique(source.train_images)) == {v * 255 // 16 for v in range(17)}  # the originals, unfiltered
+    assert (source.mean[0], source.std[0]) == (0.30540998774509803, 0.3240162644909455)
+    small = load_dataset("digits", "nowhere", image_size=8)
+    check_source(small, 8)
+    assert set(np.unique(small.train_images)) == {v * 255 // 16 for v in range(17)}  # the originals, unfiltered
 
 
 def test_digits_without_scikit_learn(monkeypatch):
@@ -541,15 +500,18 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_folder_modes(tmp_path, name):
-    image, colour = MODES[name]
-    make_folder(tmp_path)
-    save(tmp_path / "train" / "cat" / name, image, **({"lossless": True} if name.endswith("webp") else {}))
+def test_folder_modes(tmp_path):
+    make_folder(tmp_path, n=0)
+    for name, (image, _) in MODES.items():
+        save(tmp_path / "train" / "cat" / name, image, **({"lossless": True} if name.endswith("webp") else {}))
+    for path in ("train/dog", "test/dog"):  # a wrong suffix: it is read by content
+        save(tmp_path / path / "jpeg.png", Image.new("RGB", (32, 32), (128, 128, 128)), format="JPEG")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         source = load_folder(tmp_path)
-    assert np.abs(source.train_images[2].astype(int) - colour).max() <= 2 * name.endswith("jpg")
+    for name, image in zip(sorted(MODES), source.train_images, strict=False):
+        assert np.abs(image.astype(int) - MODES[name][1]).max() <= 2 * name.endswith("jpg"), name
+    assert (source.train_images[-1] == 128).all()
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif"])
@@ -578,12 +540,6 @@ def test_folder_compares_class_names_in_nfc(tmp_path):
     assert "caf\u00e9" in refuse("folder", tmp_path)
 
 
-def test_folder_with_a_wrong_suffix_is_read_by_content(tmp_path):
-    make_folder(tmp_path)
-    save(tmp_path / "train" / "cat" / "jpeg.png", Image.new("RGB", (32, 32), (128, 128, 128)), format="JPEG")
-    assert (load_folder(tmp_path).train_images[2] == 128).all()
-
-
 def test_folder_of_one_colour_has_no_zero_std(tmp_path):
     for split in ("train", "test"):
         for name in ("cat", "dog"):
@@ -593,7 +549,7 @@ def test_folder_of_one_colour_has_no_zero_std(tmp_path):
 
 
 def remove(path):
-    return lambda root: shutil.rmtree(root / path)
+    return lambda root: shutil.rmtree(root / path) if (root / path).is_dir() else (root / path).unlink()
 
 
 def empty_class(path):
@@ -634,16 +590,10 @@ FOLDER_ERRORS = {
     "empty class": (empty_class("train/dog"), "{root}/train/dog"),
     "empty test class": (empty_class("test/dog"), "{root}/test/dog"),
     "unknown test class": (empty_class("test/cow"), "{root}/test has a class 'cow'"),
-    "empty file": (odd("cut.ppm", LARGE, 0), "{root}/train/cat/cut.ppm"),
     "text": (odd("cut.png", LARGE, 4), "{root}/train/cat/cut.png"),
     "another format": (odd("cut.png", LARGE, format="PCX"), "{root}/train/cat/cut.png"),
     "truncated jpeg": (odd("cut.jpg", LARGE, 1000), "{root}/train/cat/cut.jpg"),
     "truncated png": (odd("cut.png", LARGE, 1000), "{root}/train/cat/cut.png"),
-    "truncated png header": (odd("cut.png", LARGE, 20), "{root}/train/cat/cut.png"),
-    "truncated gif": (odd("cut.gif", LARGE, 1500), "{root}/train/cat/cut.gif"),
-    "truncated webp": (odd("cut.webp", LARGE, 500), "{root}/train/cat/cut.webp"),
-    "truncated tiff": (odd("cut.tif", LARGE, 500), "{root}/train/cat/cut.tif"),
-    "truncated bmp": (odd("cut.bmp", LARGE, 500), "{root}/train/cat/cut.bmp"),
     "floating-point": (odd("cut.tiff", Image.new("F", (32, 32), 0.5)), "{root}/train/cat/cut.tiff"),
     "32-bit grey": (odd("cut.tiff", Image.new("I", (32, 32), 1 << 20)), "{root}/train/cat/cut.tiff"),
 }

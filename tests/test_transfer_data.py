@@ -22,7 +22,7 @@ from PIL import Image
 from dataset import DataError, DataSource, load_dataset
 from dataset.tinyimagenet import download
 from dataset.torchvision_import import torchvision
-from tests.test_dataset import NOWHERE, MakesFolder, check_equal, check_source, python, refuse, serve
+from tests.test_dataset import NOWHERE, MakesFolder, check_equal, check_source, python, refuse, remove, save, serve
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "data" / "get_tinyimagenet.sh"
@@ -130,21 +130,16 @@ def picture(seed: int, mode: str = "RGB", size: int = 64) -> Image.Image:
     return Image.merge(mode, bands)
 
 
-def save(path: Path, image: Image.Image) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, "JPEG", quality=95)
-
-
 def make_tiny(root: Path) -> Path:
     """Three classes of four training images and two or three of val/, in root/tiny-imagenet-200."""
     tiny = root / "tiny-imagenet-200"
     for c, wnid in enumerate(WNIDS):
         for i, number in enumerate((0, 1, 2, 10)):
             mode = {(0, 0): "L", (1, 3): "CMYK"}.get((c, i), "RGB")
-            save(tiny / "train" / wnid / "images" / f"{wnid}_{number}.JPEG", picture(10 * c + i, mode))
+            save(tiny / "train" / wnid / "images" / f"{wnid}_{number}.JPEG", picture(10 * c + i, mode), quality=95)
         (tiny / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t63\t63\n")
     for i in range(len(VAL)):
-        save(tiny / "val" / "images" / f"val_{i}.JPEG", picture(100 + i, "L" if i == 4 else "RGB"))
+        save(tiny / "val" / "images" / f"val_{i}.JPEG", picture(100 + i, "L" if i == 4 else "RGB"), quality=95)
     lines = [f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n" for i, wnid in enumerate(VAL)]
     (tiny / "val" / "val_annotations.txt").write_text("".join(lines))
     save(tiny / "test" / "images" / "test_0.JPEG", picture(200))
@@ -275,10 +270,6 @@ def cut(path, keep):
     return lambda tiny: (tiny / path).write_bytes((tiny / path).read_bytes()[:keep])
 
 
-def remove(path):
-    return lambda tiny: shutil.rmtree(tiny / path) if (tiny / path).is_dir() else (tiny / path).unlink()
-
-
 def empty(path):
     def apply(tiny):
         shutil.rmtree(tiny / path)
@@ -292,15 +283,12 @@ TINY_ERRORS = {
     "no wnids": (remove("wnids.txt"), "wnids.txt"),
     "class folder gone": (remove("train/n02"), NOTES),
     "empty class": (empty("train/n02/images"), "train/n02"),
-    "train gone": (remove("train"), "train"),
     "val gone": (remove("val"), "val"),
     "val images gone": (empty("val/images"), "val_0.JPEG"),
     "no annotations": (remove(NOTES), NOTES),
     "empty annotations": (write(NOTES, b""), "val_0.JPEG"),
     "annotations no text": (write(NOTES, b"\xff\xfe\0"), NOTES),
     "image cut": (cut(IMAGE, 500), IMAGE),
-    "image header cut": (cut(IMAGE, 10), IMAGE),
-    "image empty": (cut(IMAGE, 0), IMAGE),
     "val image cut": (cut("val/images/val_5.JPEG", 700), "val/images/val_5.JPEG"),
     "val image gone": (remove("val/images/val_3.JPEG"), "val_3.JPEG"),
     "unknown class": (annotate(lambda old: old.replace("n02", "n98", 1)), "val_0.JPEG"),
@@ -551,24 +539,49 @@ def test_a_folder_unpacked_in_part_by_hand_is_left_alone(archive):
     assert names_in(archive.parent) == WHOLE and names_in(archive.parent / "tiny-imagenet-200") == ["train"]
 
 
-def test_the_script_unpacks_an_archive_put_into_a_fresh_clone(archive, tmp_path):
-    clone = tmp_path / "clone"
-    shutil.copytree(ROOT / "dataset", clone / "dataset")
-    (clone / "data").mkdir()
-    archive.rename(clone / "data" / archive.name)
-    script = shutil.copy(SCRIPT, clone / "data")
-    (clone / ".venv" / "bin").mkdir(parents=True)
-    (clone / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    (clone / ".venv" / "bin" / "python").chmod(0o755)
-    done = subprocess.run(["sh", script], cwd=tmp_path, env=os.environ | {"PYTHON": "none"}, capture_output=True)
-    assert done.returncode == 0 and done.stderr == b"" and str(clone / "data").encode() in done.stdout
-    assert load_dataset("tinyimagenet", clone / "data").n_cls == 3
+class Clone:
+    """A fresh clone without an environment, called from beside it, where another package has the same name."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.data = folder, folder / "clone" / "data"
+        shutil.copytree(ROOT / "dataset", folder / "clone" / "dataset")
+        self.data.mkdir()
+        shutil.copy(SCRIPT, self.data)
+        (folder / "dataset.py").write_text("raise SystemExit('another package')")
+
+    def python(self, path: Path, *flags: str) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/sh\nexec {sys.executable} {" ".join(flags)} "$@"\n')
+        path.chmod(0o755)
+        return path
+
+    def get(self, *args: str, python: str | Path = sys.executable) -> subprocess.CompletedProcess:
+        command, env = ["sh", "clone/data/get_tinyimagenet.sh", *args], os.environ | {"PYTHON": str(python)}
+        return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("args", [["new"], ["--help"], ["a", "b"], [""]])
-def test_the_script_ends_in_one_sentence(archive, tmp_path, args):
-    env = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(["sh", str(SCRIPT), *args], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
-    if args == ["new"]:
-        assert NOWHERE in done.stderr and "new/tiny-imagenet-200.zip" in done.stderr
+@pytest.fixture
+def clone(tmp_path):
+    (tmp_path / "here").mkdir()
+    return Clone(tmp_path / "here")
+
+
+def test_the_script_unpacks_an_archive_put_there_by_hand(archive, clone):
+    archive.rename(clone.data / archive.name)
+    clone.python(clone.data.parent / ".venv" / "bin" / "python")
+    done = clone.get(python="none")
+    assert done.returncode == 0 and done.stderr == "" and str(clone.data) in done.stdout
+    assert load_dataset("tinyimagenet", clone.data).n_cls == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "flags", "said"),
+    [
+        (["new"], [], "new/tiny-imagenet-200.zip"),
+        (["new"], ["-S"], "requirements.txt"),  # without torchvision
+        *[(args, [], "usage") for args in (["--help"], ["a", "b"], [""])],
+    ],
+)
+def test_the_script_ends_in_one_sentence(archive, clone, args, flags, said):
+    done = clone.get(*args, python=clone.python(clone.folder / "python", *flags))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == "" and said in done.stderr
