@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -19,6 +20,16 @@ from models import create_model, model_dict
 from models.util import head
 
 OLD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # how files of torch before 1.6 begin
+SUFFIXES = "", ".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors"
+ARCHIVE = "an archive; unpack it and pass a checkpoint from it"
+PROTOCOLS = rb"\x80[\x04\x05]"
+OTHERS = {  # how other kinds of files begin, and what they are
+    rb"\Z": "an empty file",
+    rb"version https://git-lfs": "a git-LFS pointer, not the file itself; run `git lfs pull` in its repository",
+    rb"(?i)\s*<(!doctype|html|head|\?xml)": "a web page, not the file; download it from its direct address",
+    rb"(?s)\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|.{257}ustar": ARCHIVE,
+    PROTOCOLS: "of pickle protocol 4 or 5, which is not read; write it with torch.save's default, protocol 2",
+}
 MOST = 1e9  # epochs, steps, percent, seconds
 
 
@@ -74,19 +85,34 @@ def read_text(path: Path, largest: int = 2**24) -> bytes:
 
 
 def load(path: Path) -> dict:
-    """Read a checkpoint: tensors, plain values and FOREIGN. Raises RunError for anything else."""
+    """Read a checkpoint: tensors, plain values and FOREIGN. Raises RunError for anything else, and says what it is."""
+    if path.is_dir():
+        inside = [file.relative_to(path) for pattern in ("*", "*/*") for file in sorted(path.glob(pattern))]
+        names = [str(file) for file in inside if file.suffix in SUFFIXES and file.name[0] != "."][:5]
+        raise RunError(f"{path}: a folder; pass a checkpoint in it ({', '.join(names) or 'there is none'})")
     if not path.is_file():
         raise RunError(f"{path}: no such checkpoint file")
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if kind := next((kind for pattern, kind in OTHERS.items() if re.match(pattern, start)), None):
+        raise RunError(f"{path}: {kind}")
     try:
+        if re.match(rb"(?s).{8}\{", start):  # the length of a JSON header, and the header
+            return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(FOREIGN), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about old pickles
-            file = _verified(path)
+            old = start.startswith(OLD)
+            file = io.BytesIO(path.read_bytes()) if old else _verified(path)
             content = torch.load(file, map_location="cpu", weights_only=True)
-            if file.getbuffer()[: len(OLD)] == OLD and file.read(1):
+            if old and file.read(1):
                 raise ValueError("not all of its tensors were read")
+    except RunError:
+        raise
     except Exception as error:  # a dozen kinds for damaged files, MemoryError and RecursionError among them
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"needs {asked[1]:.100}, which is not read from files" if asked else "damaged or not a checkpoint"
+        what = "damaged or not a checkpoint"
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
+            what = f"needs {asked[1]:.100}, but only tensors and plain values are read"
+            what += "; if it is a whole model, save its state_dict() instead"
         raise RunError(f"{path}: {what}") from error
     if not isinstance(content, dict):
         raise RunError(f"{path}: not a checkpoint but a {type(content).__name__}")
@@ -94,14 +120,19 @@ def load(path: Path) -> dict:
 
 
 def _verified(path: Path) -> io.BytesIO:
-    """The file in memory, with its checksums verified: torch would load a flipped bit without a word."""
-    with open(path, "rb") as file:
-        if file.read(len(OLD)) == OLD:  # has no checksums
-            return io.BytesIO(path.read_bytes())
+    """A zip file in memory, with its checksums verified: torch would load a flipped bit without a word."""
     copy = io.BytesIO()  # not the file itself: torch and zipfile may disagree about a damaged directory
     with zipfile.ZipFile(path) as members, zipfile.ZipFile(copy, "w") as verified:
+        names = {name.rpartition("/")[2] for name in members.namelist()}
+        if "constants.pkl" in names:
+            raise RunError(f"{path}: a TorchScript archive; open it with torch.jit.load and save its state_dict()")
+        if "data.pkl" not in names:
+            raise RunError(f"{path}: {ARCHIVE}")
         for member in members.infolist():
-            verified.writestr(member.filename, members.read(member))  # BadZipFile if the checksum differs
+            content = members.read(member)  # BadZipFile if the checksum differs
+            if member.filename.endswith("data.pkl") and re.match(PROTOCOLS, content):
+                raise RunError(f"{path}: {OTHERS[PROTOCOLS]}")
+            verified.writestr(member.filename, content)
     copy.seek(0)
     return copy
 
