@@ -52,9 +52,15 @@ def _channels(values: object) -> bool:
     return isinstance(values, list) and len(values) == 3 and all(isinstance(v, float) and 0 <= v <= 1 for v in values)
 
 
+def _names(values: object) -> bool:
+    few = isinstance(values, list) and len(values) <= 100_000
+    return few and all(isinstance(name, str) and len(name) <= 200 for name in values)
+
+
 # What our checkpoints say about their data. In others these keys are missing or mean something else.
 SAID = {
-    "dataset": lambda name: isinstance(name, str) and len(name) <= 60,
+    "dataset": lambda name: _names([name]),
+    "class_names": _names,
     "image_size": lambda size: type(size) is int and 0 < size <= 1024,  # as --image_size
     "mean": _channels,
     "std": _channels,

@@ -167,6 +167,22 @@ def test_what_training_scripts_keep_is_read(state, tmp_path):
     assert not about.keys() & {"image_size", "mean"}  # our checkpoints say these otherwise
 
 
+@pytest.mark.parametrize("data", [{"class_names": ["a", "b", "c"]}, {"class_names": [1, 2, 3]}, {"dataset": "x" * 300}])
+def test_what_is_said_about_the_data(data, state, tmp_path):
+    """Kept as our checkpoints say it; in others the key may mean anything, in ours it is damage."""
+    path = tmp_path / "x.pth"
+    valid = data == {"class_names": ["a", "b", "c"]}
+    checkpoint.save(path, {"model": state, **data})
+    found = checkpoint.load_network(path)[3]
+    assert found == (data if valid else {})
+    checkpoint.save(path, {"model": state, "config_sha256": "0", **data})
+    if valid:
+        assert checkpoint.load_network(path)[3].items() >= data.items()
+    else:
+        with pytest.raises(RunError, match=f"x.pth.*{next(iter(data))}"):
+            checkpoint.load_network(path)
+
+
 def read(path, capsys, *args, **kwargs):
     """-> (architecture, weights, the rest of the file, what was printed)."""
     arch, _, model, about = checkpoint.load_network(path, *args, **kwargs)
