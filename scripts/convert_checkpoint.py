@@ -28,7 +28,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("source", type=Path, metavar="IN", help="a checkpoint of ours or of another program")
-    add("target", type=Path, metavar="OUT", help="a file *.pth, or a folder for <network>_vanilla/ckpt_epoch_N.pth")
+    add("target", type=Path, metavar="OUT", help="a file, or (no suffix) a folder for NETWORK_vanilla/ckpt_epoch_N.pth")
     add("--to", choices=(FOREIGN, OURS), help="the layout of OUT (the one that IN does not have)")
     add("--model", **named("network", model_dict), help="the network (the one that the weights fit)")
     add("--part", help="key or prefix of the weights in IN, such as student, where it holds several networks")
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         raise RunError("--dataset: RepDistiller's layout has no place for it")
 
     path = opt.target
-    if path.suffix not in (".pth", ".pt"):
+    if not path.suffix or path.is_dir():
         epoch = content.get("epoch")
         path = path / f"{arch}_vanilla" / (f"{arch}_last.pth" if epoch is None else f"ckpt_epoch_{epoch:g}.pth")
     if path.exists() and not opt.force:

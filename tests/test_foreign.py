@@ -573,6 +573,17 @@ def test_nothing_is_overwritten_unasked(ours, state, tmp_path, capsys):
     assert "note: RepDistiller takes the network's name from the folder" in out
 
 
+@pytest.mark.parametrize("name", ["y.bin", "y.ckpt", "y.pth.tar", "out/y.x"])
+def test_a_name_with_a_suffix_is_a_file(name, state, tmp_path, capsys):
+    torch.save({"a": state, "b": state}, tmp_path / "x.pth")
+    args = ["--part", "b", "--to", "repdistiller"]
+    assert convert([tmp_path / "x.pth", tmp_path / name, *args], capsys)[0] == 0
+    assert same_bits(torch.load(tmp_path / name)["model"], state)
+    (tmp_path / "v1.0").mkdir()  # is there already
+    assert convert([tmp_path / "x.pth", tmp_path / "v1.0", *args], capsys)[0] == 0
+    assert (tmp_path / "v1.0" / "resnet8_vanilla" / "resnet8_last.pth").is_file()
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
