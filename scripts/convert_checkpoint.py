@@ -6,6 +6,7 @@
         writes a checkpoint that names its network and data set, so that it can lie in any folder
 
 Weights are kept bit for bit, epoch and accuracy as numbers. The optimizer's state and the options are left out.
+docs/foreign_files.md lists the layouts that are read.
 """
 
 from __future__ import annotations
