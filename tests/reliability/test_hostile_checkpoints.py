@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 
 from helper import checkpoint
@@ -55,6 +56,12 @@ def test_bytes_of_the_old_format(rng, folder, nets):
     """It has no checksums: another number in a weight cannot be noticed."""
     (folder / "x.pth").write_bytes(damaged(nets.old, rng))
     return read_network(nets, folder / "x.pth")
+
+
+@cases(60)
+def test_bytes_of_safetensors(rng, folder, nets):
+    (folder / "x.safetensors").write_bytes(damaged(safetensors.torch.save(nets.state), rng))
+    return read_network(nets, folder / "x.safetensors")
 
 
 @cases(400)
