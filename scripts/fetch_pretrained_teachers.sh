@@ -1,5 +1,5 @@
 #!/bin/sh
-# The six published CIFAR-100 teachers, all or by name, into save/models/<name>_vanilla/ckpt_epoch_240.pth.
+# Downloads the published CIFAR-100 teachers, all six or by name, to save/models/<name>_vanilla/ckpt_epoch_240.pth.
 #     sh scripts/fetch_pretrained_teachers.sh [NAME ...] [--evaluate]
 set -eu
 cd "$(dirname "$0")/.."

@@ -1,18 +1,16 @@
-"""Table and curves of all runs below a folder.
+"""Table and curves of all runs in a folder.
 
     python scripts/report.py save
 
-prints a table (method, last and best test accuracy, parameters, seconds), and writes it with the curves of
-accuracy and loss into the folder (report.md, report.png).
+prints a table (method, last and best test accuracy, parameters, seconds) and writes it with the curves of accuracy and
+loss to the folder (report.md, report.png).
 """
 
-from __future__ import annotations
-
 import argparse
+import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from helper import checkpoint
 from helper.options import Parser
 from helper.util import cli_errors
@@ -21,41 +19,26 @@ from scripts.plotting import read_runs, write_picture
 
 
 def table(runs: list[dict]) -> str:
-    """One row a run; with a column for runs that held out images to choose an epoch by, if there are any."""
-    head = ("network and method", "last", "best", "at epoch", "chosen", "parameters", "seconds")
-    rows = [head, *map(cells, runs)]
+    """One row per run; with a column for runs that chose an epoch by held-out images, if there are any."""
+    rows = [["network and method", "last", "best", "at epoch", "chosen", "parameters", "seconds"]]
+    for run in runs:
+        last, best = run["epochs"][-1], max(run["epochs"], key=lambda line: line["test_acc"])  # the first of equals
+        row = [run["name"], f"{last['test_acc']:.2f}", f"{best['test_acc']:.2f}"]
+        held_out = [line for line in run["epochs"] if not math.isnan(line["val_acc"])]
+        chosen = f"{max(held_out, key=lambda line: line['val_acc'])['test_acc']:.2f}" if held_out else "-"
+        row += [f"{best['epoch']:.0f} of {last['epoch']:.0f}", chosen, f"{run['params']:,}", f"{last['seconds']:.0f}"]
+        rows.append(row)
     if all(row[4] == "-" for row in rows[1:]):
         rows = [row[:4] + row[5:] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join("| " + " | ".join(align(row, widths)) + " |" for row in rows)
-
-
-def cells(run: dict) -> tuple[str, ...]:
-    last = run["epochs"][-1]
-    best = max(run["epochs"], key=lambda line: line["test_acc"])  # the first of equals
-    held_out = [line for line in run["epochs"] if isinstance(line.get("val_acc"), float)]
-    chosen = max(held_out, key=lambda line: line["val_acc"]) if held_out else None
-    return (
-        run["name"],
-        f"{last['test_acc']:.2f}",
-        f"{best['test_acc']:.2f}",
-        f"{best['epoch']} of {last['epoch']}",
-        f"{chosen['test_acc']:.2f}" if chosen else "-",
-        f"{run['params']:,}",
-        f"{last['seconds']:.0f}",
-    )
-
-
-def align(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    """Names to the left, numbers to the right."""
-    name, *numbers = zip(row, widths, strict=True)
-    return [name[0].ljust(name[1]), *(cell.rjust(width) for cell, width in numbers)]
+    rows.insert(1, ["-" * width for width in widths])
+    aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where runs are, at any depth")
+    parser.add_argument("folder", type=Path, help="folder with runs at any depth")
     return parser.parse_args(argv)
 
 
@@ -63,8 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     root = parse(argv).folder
     runs = read_runs([root])
     text = table(runs)
-    print(text)
-    print("Students of one call share the teacher and the clock: the seconds of each are those of the call.")
+    print(f"{text}\nStudents of one call share the teacher and the clock: the seconds are those of the whole call.")
     checkpoint.write(root / "report.md", (text + "\n").encode())
     print(f"table: {root / 'report.md'}")
     write_picture(curves(runs, ["test_acc", "test_loss"]), root / "report.png")
