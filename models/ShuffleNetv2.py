@@ -71,7 +71,9 @@ class ShuffleV2(nn.Module):
         feats = [x]
         for layer in (self.layer1, self.layer2, self.layer3):
             x, pre = run_stage(layer, x, _relu_shuffle)
-            feats.append(pre if preact else x)  # pre is not shuffled, as in RepDistiller: its channel order differs from x's
+            feats.append(
+                pre if preact else x
+            )  # as in RepDistiller, pre is not shuffled: its channels are in another order than x's
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
         feats.append(global_pool(x))
         logit = self.linear(feats[-1])
