@@ -13,7 +13,7 @@ import hashlib
 import shutil
 import sys
 import tarfile
-from contextlib import closing, suppress
+from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -24,10 +24,10 @@ from tqdm import tqdm
 from dataset import dataset_dict, load_dataset
 from dataset.loader import DeviceLoader, large_batch
 from helper import checkpoint
-from helper.build import Teacher
 from helper.loops import validate
 from helper.options import Parser
 from helper.run import lock
+from helper.student import Teacher
 from helper.util import RunError, choose_device, cli_errors
 
 ARCHIVE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
@@ -123,7 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     device, folder = choose_device(opt.device), opt.output / "models"
     places = {name: folder / FILE.format(name) for name in opt.names or PUBLISHED}
     folder.mkdir(parents=True, exist_ok=True)
-    with closing(lock(folder)):  # two downloads to one file would damage it
+    held = lock(folder)  # two downloads to one file would damage it
+    try:
         record = folder / "teachers.lock"
         lines = [line.split() for line in record.read_text(errors="replace").splitlines()] if record.is_file() else []
         if any(len(line) != 2 or len(line[0]) != 64 for line in lines):
@@ -134,6 +135,8 @@ def main(argv: list[str] | None = None) -> None:
                 install(name, path, folder, recorded)
         if missing := [name for name, path in places.items() if not path.is_file()]:
             fetch(missing, folder, recorded, opt)
+    finally:
+        held.release()
     if opt.evaluate:
         source = load_dataset(opt.dataset, opt.data_folder)
         data = {"mean": source.mean, "std": source.std, "device": device, "n_cls": source.n_cls}

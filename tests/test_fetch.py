@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tarfile
 import threading
-from contextlib import closing, suppress
+from contextlib import suppress
 from hashlib import md5, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -147,8 +147,9 @@ def test_from_the_archive(server, teachers, fetch, models):
         assert (models / PLACE.format(name)).read_bytes() == teachers[name]
         assert recorded[PLACE.format(name)] == sha256(teachers[name]).hexdigest()
     assert fetch(*NAMES)[0] == 0 and server.asked == []
-    with closing(lock(models)):  # another call is at work
-        assert_refused(fetch(*NAMES), models)
+    held = lock(models)  # another call is at work
+    assert_refused(fetch(*NAMES), models)
+    held.release()
 
 
 @pytest.mark.parametrize(
