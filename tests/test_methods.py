@@ -16,7 +16,9 @@ from distiller_zoo import (
     create_distiller,
     distiller_dict,
     kd_loss,
+    method_options,
 )
+from distiller_zoo.base import standardise
 
 # How a student's map differs from the teacher's, and the batch.
 CASES = [("equal", 3), ("smaller", 1), ("smaller", 4), ("larger", 5), ("crossed", 2), ("crossed", 9), ("few", 4)]
@@ -433,14 +435,17 @@ def test_lists_of_unequal_length_are_refused(name, stage):
 
 @pytest.mark.parametrize("T", [1.0, 4.0, 20.0])
 @pytest.mark.parametrize(("batch", "n_cls"), [(1, 3), (5, 7), (9, 2)])
-def test_kd(batch, n_cls, T):
+@pytest.mark.parametrize("logit_stand", [False, True])
+def test_kd(batch, n_cls, T, logit_stand):
     noise = torch.Generator().manual_seed(batch)
     logit_s, logit_t = (torch.randn(batch, n_cls, generator=noise, dtype=torch.float64) * 6 for _ in range(2))
     ours, slow = logit_s.clone().requires_grad_(), logit_s.clone().requires_grad_()
     forms = [slow, logit_t]
+    if logit_stand:
+        forms = [torch.stack([(v - v.mean()) / (v.var().sqrt() + 1e-7) for v in z]) for z in forms]
     want = kd(*forms, T)
     want.backward()
-    loss = kd_loss(ours, logit_t, T)
+    loss = create_distiller("kd", {"logit_stand": logit_stand}).kl(ours, logit_t, T)
     loss.backward()
     near(loss.detach(), want.detach(), 1e-10, "loss")
     near(ours.grad, slow.grad, 1e-8, "gradient")
@@ -484,6 +489,20 @@ def test_rrd_takes_any_batch(batch):
         held.extend(unit(v) for v in linear(f_t, params, "embed_t"))
         near(method.queue.roll(-int(method.queue_ptr), 0), torch.stack(list(held)), 1e-12, "queue")
     assert method.queue.is_leaf and {"queue", "queue_ptr"} <= set(method.state_dict())
+
+
+# --- properties ---
+
+
+def test_gradients_of_standardised_logits():
+    """They sum to zero over the classes and are orthogonal to the deviations from the mean."""
+    z = (5 * torch.randn(7, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    kd_loss(standardise(z), torch.rand(7, 11, dtype=torch.float64), 2.0).backward()
+    scale = float(z.grad.abs().max())
+    assert scale > 0 and float(z.grad.sum(1).abs().max()) < 1e-12 * scale
+    assert (
+        float((z.grad * (z - z.mean(1, keepdim=True)).detach()).sum(1).abs().max()) < 1e-5 * scale
+    )  # but for the epsilon
 
 
 # --- degenerate input, and float32 ---
@@ -537,6 +556,40 @@ def test_degenerate_features_stay_finite(name, stage, kind):
                 assert p.grad is None or p.grad.isfinite().all(), f"{dtype}, batch {batch}: gradient of {key}"
             method.after_step()
             assert all(b.isfinite().all() for b in method.buffers())
+
+
+def spoil_logits(logit, target, kind):
+    """Rows of equal logits, and the label's logit far ahead of or behind the others, in float32."""
+    z, rows = logit.detach().clone(), torch.arange(len(logit))
+    if kind == "constant":
+        z.fill_(3.0)
+    elif kind == "large":
+        z *= 1e4
+    elif kind == "ahead":
+        z[rows, target] = 500.0
+    elif kind == "far ahead":
+        z[rows, target] = 1e4
+    elif kind == "behind":
+        z[rows, target] = -1e4
+    return z
+
+
+@pytest.mark.parametrize("kind_t", ["plain", "constant", "large", "ahead", "far ahead", "behind"])
+@pytest.mark.parametrize("kind_s", ["plain", "constant", "large", "ahead", "far ahead", "behind"])
+def test_extreme_logits_stay_finite(kind_s, kind_t):
+    g_s, g_t = features("dkd", "equal", 5, torch.float32)
+    known = known_of(g_s, g_t)
+    plain, known["logit_t"] = known["logit_s"], spoil_logits(known["logit_t"], known["target"], kind_t)
+    for name in [name for name in MAIN if "logit_s" in distiller_dict[name].needs] + ["kd"]:
+        for options in [{}, {"logit_stand": True}][: 1 + ("logit_stand" in method_options(name))]:
+            logit_s = spoil_logits(plain, known["target"], kind_s).requires_grad_()
+            method = build(name, g_s, g_t, **options)
+            if name == "kd":
+                loss = method.kl(logit_s, known["logit_t"], 4.0)
+            else:
+                loss = own_term("main", method, g_s, g_t, known | {"logit_s": logit_s})
+            loss.backward()
+            assert loss.isfinite() and logit_s.grad.isfinite().all(), (name, options)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
