@@ -18,6 +18,7 @@ from distiller_zoo.base import Alone, Distiller, DistillError, kd_loss
 from distiller_zoo.CC import Correlation
 from distiller_zoo.combined import Combined, combine, weight_of
 from distiller_zoo.CRD import CRDLoss
+from distiller_zoo.DKD import DKDLoss
 from distiller_zoo.FitNet import HintLoss
 from distiller_zoo.FSP import FSP
 from distiller_zoo.FT import FactorTransfer
@@ -50,6 +51,7 @@ distiller_dict: dict[str, type[Distiller]] = {
     "rrd": RRDLoss,
     "icd": ICDLoss,
     "kdsvd": KDSVD,
+    "dkd": DKDLoss,
 }
 aliases = {
     "fitnet": "hint",

@@ -318,8 +318,24 @@ def kdsvd(g_s, g_t, p, method, known):
     return loss / len(g_s[0])
 
 
+def without(v, i):
+    return torch.cat([v[:i], v[i + 1 :]])
+
+
+def dkd(f_s, f_t, p, method, known):
+    loss = []
+    for s, t, y in zip(known["logit_s"] / 4, known["logit_t"] / 4, known["target"], strict=True):
+        p_s, p_t = softmax(s), softmax(t)
+        label = divergence([p_t[y], 1 - p_t[y]], [p_s[y], 1 - p_s[y]])
+        loss.append(label + 8 * divergence(softmax(without(t, y)), softmax(without(s, y))))
+    return 0.25 * 16 * mean(loss)  # in epoch 5 of a warm-up of 20
+
+
 MAIN = {"hint": hint, "attention": attention, "similarity": similarity, "correlation": correlation, "vid": vid}
 MAIN |= {"rkd": rkd, "pkt": pkt, "factor": factor, "nst": nst, "kdsvd": kdsvd, "crd": crd, "icd": icd, "rrd": rrd}
+MAIN |= {
+    "dkd": dkd,
+}
 FIRST = {"abound": abound, "fsp": fsp, "factor": factor_first}
 LOOP_ONLY = {"none", "kd"}  # no term of their own: kd_loss is tested below
 
@@ -651,3 +667,9 @@ def test_float32_is_near_float64(name, stage):
         results.append([loss.detach().double(), *(g.double() for g in grads)])
     for got, want in zip(*results, strict=True):
         near(got, want, COARSE.get(name, 1e-3), name)
+
+
+@pytest.mark.parametrize("name", ["dkd"])
+def test_two_classes_are_refused(name):
+    with pytest.raises(DistillError):
+        create_distiller(name, n_cls=2)
