@@ -27,6 +27,7 @@ from distiller_zoo.KD import DistillKL
 from distiller_zoo.KDSVD import KDSVD
 from distiller_zoo.NST import NSTLoss
 from distiller_zoo.PKT import PKT
+from distiller_zoo.ReviewKD import ReviewKD
 from distiller_zoo.RKD import RKDLoss
 from distiller_zoo.RRD import RRDLoss
 from distiller_zoo.SP import Similarity
@@ -52,6 +53,7 @@ distiller_dict: dict[str, type[Distiller]] = {
     "icd": ICDLoss,
     "kdsvd": KDSVD,
     "dkd": DKDLoss,
+    "reviewkd": ReviewKD,
 }
 aliases = {
     "fitnet": "hint",

@@ -331,11 +331,42 @@ def dkd(f_s, f_t, p, method, known):
     return 0.25 * 16 * mean(loss)  # in epoch 5 of a warm-up of 20
 
 
+def nearest(f, size):
+    rows, columns = ([i * n // m for i in range(m)] for n, m in zip(f.shape[2:], size, strict=True))
+    return f[:, :, rows][:, :, :, columns]
+
+
+def reviewkd(g_s, g_t, p, method, known):
+    if len(g_s[0]) == 1:
+        return 0.0
+    loss, review = 0.0, None
+    levels = [(f[:, :, None, None] if f.dim() == 2 else f for f in pair) for pair in zip(g_s, g_t, strict=True)]
+    for i, (f_s, f_t) in enumerate(reversed(levels)):
+        x = batch_norm(F.conv2d(f_s, p[f"abfs.{i}.conv1.0.weight"]), p, f"abfs.{i}.conv1.1.")
+        if i > 0:
+            deeper = nearest(review, x.shape[2:])
+            score = F.conv2d(
+                torch.cat([x, deeper], 1), p[f"abfs.{i}.att_conv.0.weight"], p[f"abfs.{i}.att_conv.0.bias"]
+            )
+            score = 1 / (1 + (-score).exp())
+            x = score[:, :1] * x + score[:, 1:] * deeper
+        review = nearest(x, f_t.shape[2:])
+        out = F.conv2d(review, p[f"abfs.{i}.conv2.0.weight"], padding=1)
+        out = batch_norm(out, p, f"abfs.{i}.conv2.1.")
+        terms = [squared_error(out, f_t)]
+        for n in [n for n in (4, 2, 1) if n < out.size(2)]:
+            terms.append(squared_error(*(F.adaptive_avg_pool2d(f, n) for f in (out, f_t))))
+        shares = [2.0**-k for k in range(len(terms))]
+        loss = loss + sum(a * b for a, b in zip(shares, terms, strict=True)) / sum(shares)
+    return 0.25 * loss
+
+
 MAIN = {"hint": hint, "attention": attention, "similarity": similarity, "correlation": correlation, "vid": vid}
 MAIN |= {"rkd": rkd, "pkt": pkt, "factor": factor, "nst": nst, "kdsvd": kdsvd, "crd": crd, "icd": icd, "rrd": rrd}
 MAIN |= {
     "dkd": dkd,
 }
+MAIN |= {"reviewkd": reviewkd}
 FIRST = {"abound": abound, "fsp": fsp, "factor": factor_first}
 LOOP_ONLY = {"none", "kd"}  # no term of their own: kd_loss is tested below
 
