@@ -30,6 +30,7 @@ from distiller_zoo.PKT import PKT
 from distiller_zoo.ReviewKD import ReviewKD
 from distiller_zoo.RKD import RKDLoss
 from distiller_zoo.RRD import RRDLoss
+from distiller_zoo.SimKD import SimKD
 from distiller_zoo.SP import Similarity
 from distiller_zoo.VID import VIDLoss
 
@@ -54,6 +55,7 @@ distiller_dict: dict[str, type[Distiller]] = {
     "kdsvd": KDSVD,
     "dkd": DKDLoss,
     "reviewkd": ReviewKD,
+    "simkd": SimKD,
 }
 aliases = {
     "fitnet": "hint",

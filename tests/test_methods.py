@@ -19,6 +19,8 @@ from distiller_zoo import (
     method_options,
 )
 from distiller_zoo.base import standardise
+from models import ModelError, create_model
+from models.util import feature_shapes, head
 
 # How a student's map differs from the teacher's, and the batch.
 CASES = [("equal", 3), ("smaller", 1), ("smaller", 4), ("larger", 5), ("crossed", 2), ("crossed", 9), ("few", 4)]
@@ -331,6 +333,10 @@ def dkd(f_s, f_t, p, method, known):
     return 0.25 * 16 * mean(loss)  # in epoch 5 of a warm-up of 20
 
 
+def simkd(f_s, f_t, p, method, known):
+    return squared_error(f_s, F.adaptive_avg_pool2d(f_t.relu(), f_s.shape[2:]))
+
+
 def nearest(f, size):
     rows, columns = ([i * n // m for i in range(m)] for n, m in zip(f.shape[2:], size, strict=True))
     return f[:, :, rows][:, :, :, columns]
@@ -366,7 +372,7 @@ MAIN |= {"rkd": rkd, "pkt": pkt, "factor": factor, "nst": nst, "kdsvd": kdsvd, "
 MAIN |= {
     "dkd": dkd,
 }
-MAIN |= {"reviewkd": reviewkd}
+MAIN |= {"simkd": simkd, "reviewkd": reviewkd}
 FIRST = {"abound": abound, "fsp": fsp, "factor": factor_first}
 LOOP_ONLY = {"none", "kd"}  # no term of their own: kd_loss is tested below
 
@@ -704,3 +710,60 @@ def test_float32_is_near_float64(name, stage):
 def test_two_classes_are_refused(name):
     with pytest.raises(DistillError):
         create_distiller(name, n_cls=2)
+
+
+# --- SimKD's network ---
+
+
+def shapes_of(student, teacher):
+    return {"s_shapes": feature_shapes(student), "t_shapes": feature_shapes(teacher)}
+
+
+def reuse(arch_s, arch_t, n_cls=7, **options):
+    student, teacher = create_model(arch_s, n_cls), create_model(arch_t, n_cls).requires_grad_(False)
+    data = {**shapes_of(student, teacher), "n_cls": n_cls, "head_t": head(teacher)}
+    method = create_distiller("simkd", options, **data)
+    teacher(torch.rand(8, 3, 32, 32))  # batch-norm statistics other than 0 and 1
+    return method, method.predictor(student), teacher.eval()
+
+
+@pytest.mark.parametrize("arch_t", ["wrn_16_1", "vgg8", "resnet14"])
+@pytest.mark.parametrize("arch_s", ["resnet8", "wrn_16_2", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"])
+def test_simkd_trains_all_but_the_classifier(arch_s, arch_t):
+    torch.manual_seed(0)
+    method, model, teacher = reuse(arch_s, arch_t)
+    images = torch.rand(4, 3, 32, 32)
+    feats, logit = model.train()(images, is_feat=True)
+    feats_t, logit_t = teacher(images, is_feat=True, preact=method.preact_t)
+    method(feats[method.feats], feats_t[method.feats]).backward()
+    for frozen in (lambda p: p.grad is None, lambda p: not p.requires_grad):
+        assert {key for key, p in model.named_parameters() if frozen(p)} == {"fc.weight", "fc.bias"}
+    assert torch.equal(feats[-1], feats[-2].mean((2, 3))) and torch.equal(head(model)(feats[-1]), logit)
+    # had the student the teacher's map, it would predict as the teacher does
+    near(model.fc(feats_t[-2].relu().mean((2, 3))), logit_t, 1e-5, "prediction")
+    *before, last, _ = model.eval()(images, is_feat=True, preact=True)[0]
+    assert torch.equal(last.relu(), model(images, is_feat=True)[0][-2]) and (last < 0).any()
+    stages = model.net(images, is_feat=True, preact=True)[0]
+    assert all(torch.equal(a, b) for a, b in zip(before, stages[:-2], strict=True))
+
+    torch.manual_seed(1)
+    again = create_model(model.arch, 7).eval()
+    again.load_state_dict(model.state_dict())
+    assert again.arch == model.arch and torch.equal(again(images), model(images))
+
+
+def test_simkd_has_the_published_number_of_parameters():
+    _, model, _ = reuse("resnet8x4", "resnet32x4")
+    assert model.arch == "resnet8x4-simkd256f2" and sum(p.numel() for p in model.transfer.parameters()) == 214_016
+
+
+def test_simkd_refuses_what_it_cannot_reuse():
+    for arch_t in ("MobileNetV2", "ShuffleV2"):
+        with pytest.raises(DistillError, match="method simkd: "):
+            reuse("resnet8", arch_t)
+    student, teacher = create_model("resnet8", 7), create_model("resnet14", 5)
+    with pytest.raises(DistillError, match="5 classes"):
+        create_distiller("simkd", **shapes_of(student, teacher), n_cls=7, head_t=head(teacher))
+    for name in ("resnet9-simkd64f2", "resnet8-simkd64f0", "resnet8-simkd4f8", "resnet8-simkd"):
+        with pytest.raises(ModelError):
+            create_model(name, 7)
