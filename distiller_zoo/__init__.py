@@ -18,6 +18,7 @@ from distiller_zoo.base import Alone, Distiller, DistillError, kd_loss
 from distiller_zoo.CC import Correlation
 from distiller_zoo.combined import Combined, combine, weight_of
 from distiller_zoo.CRD import CRDLoss
+from distiller_zoo.DIST import DISTLoss
 from distiller_zoo.DKD import DKDLoss
 from distiller_zoo.FitNet import HintLoss
 from distiller_zoo.FSP import FSP
@@ -56,6 +57,7 @@ distiller_dict: dict[str, type[Distiller]] = {
     "dkd": DKDLoss,
     "reviewkd": ReviewKD,
     "simkd": SimKD,
+    "dist": DISTLoss,
 }
 aliases = {
     "fitnet": "hint",

@@ -333,6 +333,17 @@ def dkd(f_s, f_t, p, method, known):
     return 0.25 * 16 * mean(loss)  # in epoch 5 of a warm-up of 20
 
 
+def dist(f_s, f_t, p, method, known):
+    def pearson(a, b):
+        a, b = a - a.mean(), b - b.mean()
+        return (a @ b) / (a.square().sum().sqrt() * b.square().sum().sqrt() + 1e-8)
+
+    p_s, p_t = (torch.stack([softmax(z / 4) for z in known[side]]) for side in ("logit_s", "logit_t"))
+    inter = 1 - mean([pearson(a, b) for a, b in zip(p_s, p_t, strict=True)])
+    intra = 1 - mean([pearson(a, b) for a, b in zip(p_s.T, p_t.T, strict=True)]) if len(p_s) > 1 else 1.0
+    return 16 * (inter + intra)
+
+
 def simkd(f_s, f_t, p, method, known):
     return squared_error(f_s, F.adaptive_avg_pool2d(f_t.relu(), f_s.shape[2:]))
 
@@ -371,6 +382,7 @@ MAIN = {"hint": hint, "attention": attention, "similarity": similarity, "correla
 MAIN |= {"rkd": rkd, "pkt": pkt, "factor": factor, "nst": nst, "kdsvd": kdsvd, "crd": crd, "icd": icd, "rrd": rrd}
 MAIN |= {
     "dkd": dkd,
+    "dist": dist,
 }
 MAIN |= {"simkd": simkd, "reviewkd": reviewkd}
 FIRST = {"abound": abound, "fsp": fsp, "factor": factor_first}
@@ -556,6 +568,17 @@ def test_gradients_of_standardised_logits():
     assert (
         float((z.grad * (z - z.mean(1, keepdim=True)).detach()).sum(1).abs().max()) < 1e-5 * scale
     )  # but for the epsilon
+
+
+def test_dist_compares_correlations():
+    """A sample's probabilities may have another scale and shift than the teacher's, a class's another shift."""
+    noise = torch.Generator().manual_seed(0)
+    p, q, scale, shift = (torch.rand(n, 9, generator=noise, dtype=torch.float64) for n in (6, 6, 6, 1))
+    p, scale, shift = p / p.sum(1, keepdim=True), scale[:, :1], 0.01 * (shift - shift.mean())
+    method = create_distiller("dist")
+    for method.w_inter, method.w_intra, other in ((1.0, 0.0, scale * p + (1 - scale) / 9), (0.0, 1.0, p + shift)):
+        losses = [float(method([], [], logit_s=4 * x.log(), logit_t=4 * q.log())) for x in (p, other, q)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 1 > 1e-4 > losses[2]
 
 
 # --- degenerate input, and float32 ---
