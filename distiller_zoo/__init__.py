@@ -33,6 +33,7 @@ from distiller_zoo.RKD import RKDLoss
 from distiller_zoo.RRD import RRDLoss
 from distiller_zoo.SimKD import SimKD
 from distiller_zoo.SP import Similarity
+from distiller_zoo.TTM import TTM, WTTM
 from distiller_zoo.VID import VIDLoss
 
 ALONE = "none"
@@ -58,6 +59,8 @@ distiller_dict: dict[str, type[Distiller]] = {
     "reviewkd": ReviewKD,
     "simkd": SimKD,
     "dist": DISTLoss,
+    "ttm": TTM,
+    "wttm": WTTM,
 }
 aliases = {
     "fitnet": "hint",

@@ -344,6 +344,19 @@ def dist(f_s, f_t, p, method, known):
     return 16 * (inter + intra)
 
 
+def ttm(f_s, f_t, p, method, known, power=0.1, weighted=False):
+    loss = []
+    for s, t in zip(known["logit_s"], known["logit_t"], strict=True):
+        powers = softmax(t) ** power
+        kl = divergence(powers / powers.sum(), softmax(s))
+        loss.append(kl * powers.sum() if weighted else kl)
+    return mean(loss)
+
+
+def wttm(f_s, f_t, p, method, known):
+    return ttm(f_s, f_t, p, method, known, power=0.2, weighted=True)
+
+
 def simkd(f_s, f_t, p, method, known):
     return squared_error(f_s, F.adaptive_avg_pool2d(f_t.relu(), f_s.shape[2:]))
 
@@ -383,6 +396,8 @@ MAIN |= {"rkd": rkd, "pkt": pkt, "factor": factor, "nst": nst, "kdsvd": kdsvd, "
 MAIN |= {
     "dkd": dkd,
     "dist": dist,
+    "ttm": ttm,
+    "wttm": wttm,
 }
 MAIN |= {"simkd": simkd, "reviewkd": reviewkd}
 FIRST = {"abound": abound, "fsp": fsp, "factor": factor_first}
