@@ -24,6 +24,7 @@ from distiller_zoo.FitNet import HintLoss
 from distiller_zoo.FSP import FSP
 from distiller_zoo.FT import FactorTransfer
 from distiller_zoo.ICD import ICDLoss
+from distiller_zoo.ITRD import ITRDLoss
 from distiller_zoo.KD import DistillKL
 from distiller_zoo.KDSVD import KDSVD
 from distiller_zoo.NST import NSTLoss
@@ -61,6 +62,7 @@ distiller_dict: dict[str, type[Distiller]] = {
     "dist": DISTLoss,
     "ttm": TTM,
     "wttm": WTTM,
+    "itrd": ITRDLoss,
 }
 aliases = {
     "fitnet": "hint",

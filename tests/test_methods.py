@@ -357,6 +357,22 @@ def wttm(f_s, f_t, p, method, known):
     return ttm(f_s, f_t, p, method, known, power=0.2, weighted=True)
 
 
+def itrd(f_s, f_t, p, method, known):
+    e, n = linear(f_s, p, "embed"), len(f_s)
+
+    def standard(column):
+        constant = column.max() == column.min()
+        return 0 * column if constant else (column - column.mean()) / (column.var() ** 0.5)
+
+    c = [standard(e[:, j]) @ standard(f_t[:, j]) / n for j in range(f_t.size(1))]
+    v = f_s if f_s.size(1) == f_t.size(1) else e
+    pairs = [(i, j) for i in range(n) for j in range(n)]
+    gram_s, gram_t = ({(i, j): unit(f[i]) @ unit(f[j]) for i, j in pairs} for f in (v, f_t))
+    joint = {pair: gram_s[pair] * gram_t[pair] for pair in pairs}
+    mutual = sum((gram_s[pair] / n) ** 2 - (joint[pair] / n) ** 2 for pair in pairs)  # traces of n
+    return 2 * sum(abs(x - 1) ** 2.02 for x in c).log2() + method.lambda_mutual * mutual
+
+
 def simkd(f_s, f_t, p, method, known):
     return squared_error(f_s, F.adaptive_avg_pool2d(f_t.relu(), f_s.shape[2:]))
 
@@ -398,6 +414,7 @@ MAIN |= {
     "dist": dist,
     "ttm": ttm,
     "wttm": wttm,
+    "itrd": itrd,
 }
 MAIN |= {"simkd": simkd, "reviewkd": reviewkd}
 FIRST = {"abound": abound, "fsp": fsp, "factor": factor_first}
@@ -594,6 +611,22 @@ def test_dist_compares_correlations():
     for method.w_inter, method.w_intra, other in ((1.0, 0.0, scale * p + (1 - scale) / 9), (0.0, 1.0, p + shift)):
         losses = [float(method([], [], logit_s=4 * x.log(), logit_t=4 * q.log())) for x in (p, other, q)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 1 > 1e-4 > losses[2]
+
+
+def test_itrd_takes_a_constant_channel_as_uncorrelated():
+    """On either side; it gets no gradient, and the others get theirs."""
+    g_s, g_t = features("itrd", "equal", 4)
+    for constant in ("student", "teacher"):
+        method, f_t = build("itrd", g_s, g_t, lambda_mutual=0.0), g_t[-1].clone()
+        if constant == "student":
+            method.embed.linear.weight.data[0] = 0
+        else:
+            f_t[:, 0] = 0.7
+        loss, params = method(g_s[-1], f_t), dict(method.named_parameters())
+        loss.backward()
+        assert loss.item() == pytest.approx(itrd(g_s[-1], f_t, params, method, {}).item(), rel=1e-10)
+        grad = params["embed.linear.weight"].grad
+        assert not grad[0].any() and grad[1].any()
 
 
 # --- degenerate input, and float32 ---
