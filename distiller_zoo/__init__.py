@@ -31,6 +31,7 @@ from distiller_zoo.NST import NSTLoss
 from distiller_zoo.PKT import PKT
 from distiller_zoo.ReviewKD import ReviewKD
 from distiller_zoo.RKD import RKDLoss
+from distiller_zoo.RLD import RLDLoss
 from distiller_zoo.RRD import RRDLoss
 from distiller_zoo.SimKD import SimKD
 from distiller_zoo.SP import Similarity
@@ -63,6 +64,7 @@ distiller_dict: dict[str, type[Distiller]] = {
     "ttm": TTM,
     "wttm": WTTM,
     "itrd": ITRDLoss,
+    "rld": RLDLoss,
 }
 aliases = {
     "fitnet": "hint",

@@ -333,6 +333,16 @@ def dkd(f_s, f_t, p, method, known):
     return 0.25 * 16 * mean(loss)  # in epoch 5 of a warm-up of 20
 
 
+def rld(f_s, f_t, p, method, known):
+    loss = []
+    for s, t, y in zip(known["logit_s"], known["logit_t"], known["target"], strict=True):
+        a, b = softmax(t).max(), softmax(s)[y]
+        below = [c for c in range(N_CLS) if t[c] < t[y]]
+        refined = divergence(softmax(t[below] / 4), softmax(s[below] / 4)) if below else 0.0
+        loss.append(divergence([a, 1 - a], [b, 1 - b]) + 8 * 16 * refined)
+    return 0.25 * mean(loss)
+
+
 def dist(f_s, f_t, p, method, known):
     def pearson(a, b):
         a, b = a - a.mean(), b - b.mean()
@@ -411,6 +421,7 @@ MAIN = {"hint": hint, "attention": attention, "similarity": similarity, "correla
 MAIN |= {"rkd": rkd, "pkt": pkt, "factor": factor, "nst": nst, "kdsvd": kdsvd, "crd": crd, "icd": icd, "rrd": rrd}
 MAIN |= {
     "dkd": dkd,
+    "rld": rld,
     "dist": dist,
     "ttm": ttm,
     "wttm": wttm,
@@ -600,6 +611,16 @@ def test_gradients_of_standardised_logits():
     assert (
         float((z.grad * (z - z.mean(1, keepdim=True)).detach()).sum(1).abs().max()) < 1e-5 * scale
     )  # but for the epsilon
+
+
+def test_standardised_methods_see_no_scale_and_shift():
+    g_s, g_t = features("dkd", "equal", 6)
+    known = known_of(g_s, g_t)
+    scaled = known | {"logit_s": 3 * known["logit_s"] - 7, "logit_t": 0.2 * known["logit_t"] + 40}
+    for name in ("dkd", "rld"):
+        plain, standard = build(name, g_s, g_t), build(name, g_s, g_t, logit_stand=True)
+        values = [[own_term("main", m, g_s, g_t, k).item() for k in (known, scaled)] for m in (plain, standard)]
+        assert values[0][0] != pytest.approx(values[0][1], rel=1e-2) and values[1][0] == pytest.approx(values[1][1])
 
 
 def test_dist_compares_correlations():
