@@ -35,6 +35,7 @@ from distiller_zoo.RLD import RLDLoss
 from distiller_zoo.RRD import RRDLoss
 from distiller_zoo.SimKD import SimKD
 from distiller_zoo.SP import Similarity
+from distiller_zoo.SRRL import SRRLLoss
 from distiller_zoo.TTM import TTM, WTTM
 from distiller_zoo.VID import VIDLoss
 
@@ -65,6 +66,7 @@ distiller_dict: dict[str, type[Distiller]] = {
     "wttm": WTTM,
     "itrd": ITRDLoss,
     "rld": RLDLoss,
+    "srrl": SRRLLoss,
 }
 aliases = {
     "fitnet": "hint",

@@ -383,6 +383,15 @@ def itrd(f_s, f_t, p, method, known):
     return 2 * sum(abs(x - 1) ** 2.02 for x in c).log2() + method.lambda_mutual * mutual
 
 
+def srrl(f_s, f_t, p, method, known):
+    if len(f_s) == 1:
+        return 0.0
+    v = torch.stack([p["transfer.0.weight"][:, :, 0, 0] @ x for x in f_s])
+    v = batch_norm(v, p, "transfer.1.").relu()
+    logit = torch.stack([known["head_t"].weight @ x + known["head_t"].bias for x in v])
+    return squared_error(v, f_t) + squared_error(logit, known["logit_t"])
+
+
 def simkd(f_s, f_t, p, method, known):
     return squared_error(f_s, F.adaptive_avg_pool2d(f_t.relu(), f_s.shape[2:]))
 
@@ -419,14 +428,7 @@ def reviewkd(g_s, g_t, p, method, known):
 
 MAIN = {"hint": hint, "attention": attention, "similarity": similarity, "correlation": correlation, "vid": vid}
 MAIN |= {"rkd": rkd, "pkt": pkt, "factor": factor, "nst": nst, "kdsvd": kdsvd, "crd": crd, "icd": icd, "rrd": rrd}
-MAIN |= {
-    "dkd": dkd,
-    "rld": rld,
-    "dist": dist,
-    "ttm": ttm,
-    "wttm": wttm,
-    "itrd": itrd,
-}
+MAIN |= {"dkd": dkd, "rld": rld, "dist": dist, "ttm": ttm, "wttm": wttm, "itrd": itrd, "srrl": srrl}
 MAIN |= {"simkd": simkd, "reviewkd": reviewkd}
 FIRST = {"abound": abound, "fsp": fsp, "factor": factor_first}
 LOOP_ONLY = {"none", "kd"}  # no term of their own: kd_loss is tested below
