@@ -27,6 +27,7 @@ from distiller_zoo.ICD import ICDLoss
 from distiller_zoo.ITRD import ITRDLoss
 from distiller_zoo.KD import DistillKL
 from distiller_zoo.KDSVD import KDSVD
+from distiller_zoo.NKD import NKDLoss
 from distiller_zoo.NST import NSTLoss
 from distiller_zoo.PKT import PKT
 from distiller_zoo.ReviewKD import ReviewKD
@@ -67,6 +68,7 @@ distiller_dict: dict[str, type[Distiller]] = {
     "itrd": ITRDLoss,
     "rld": RLDLoss,
     "srrl": SRRLLoss,
+    "nkd": NKDLoss,
 }
 aliases = {
     "fitnet": "hint",

@@ -343,6 +343,14 @@ def rld(f_s, f_t, p, method, known):
     return 0.25 * mean(loss)
 
 
+def nkd(f_s, f_t, p, method, known):
+    loss = []
+    for s, t, y in zip(known["logit_s"], known["logit_t"], known["target"], strict=True):
+        others = zip(softmax(without(t, y)), softmax(without(s, y)), strict=True)
+        loss.append(-softmax(t)[y] * softmax(s)[y].log() - 1.5 * sum(a * b.log() for a, b in others))
+    return mean(loss)
+
+
 def dist(f_s, f_t, p, method, known):
     def pearson(a, b):
         a, b = a - a.mean(), b - b.mean()
@@ -428,7 +436,7 @@ def reviewkd(g_s, g_t, p, method, known):
 
 MAIN = {"hint": hint, "attention": attention, "similarity": similarity, "correlation": correlation, "vid": vid}
 MAIN |= {"rkd": rkd, "pkt": pkt, "factor": factor, "nst": nst, "kdsvd": kdsvd, "crd": crd, "icd": icd, "rrd": rrd}
-MAIN |= {"dkd": dkd, "rld": rld, "dist": dist, "ttm": ttm, "wttm": wttm, "itrd": itrd, "srrl": srrl}
+MAIN |= {"dkd": dkd, "rld": rld, "nkd": nkd, "dist": dist, "ttm": ttm, "wttm": wttm, "itrd": itrd, "srrl": srrl}
 MAIN |= {"simkd": simkd, "reviewkd": reviewkd}
 FIRST = {"abound": abound, "fsp": fsp, "factor": factor_first}
 LOOP_ONLY = {"none", "kd"}  # no term of their own: kd_loss is tested below
@@ -800,7 +808,7 @@ def test_float32_is_near_float64(name, stage):
         near(got, want, COARSE.get(name, 1e-3), name)
 
 
-@pytest.mark.parametrize("name", ["dkd"])
+@pytest.mark.parametrize("name", ["dkd", "nkd"])
 def test_two_classes_are_refused(name):
     with pytest.raises(DistillError):
         create_distiller(name, n_cls=2)
