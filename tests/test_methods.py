@@ -14,12 +14,14 @@ from distiller_zoo import (
     Distiller,
     DistillError,
     create_distiller,
+    distiller_class,
     distiller_dict,
     kd_loss,
+    method_name,
     method_options,
 )
 from distiller_zoo.base import standardise
-from models import ModelError, create_model
+from models import ModelError, create_model, model_dict
 from models.util import feature_shapes, head
 
 # How a student's map differs from the teacher's, and the batch.
@@ -869,3 +871,70 @@ def test_simkd_refuses_what_it_cannot_reuse():
     for name in ("resnet9-simkd64f2", "resnet8-simkd64f0", "resnet8-simkd4f8", "resnet8-simkd"):
         with pytest.raises(ModelError):
             create_model(name, 7)
+
+
+# --- combinations ---
+
+
+@pytest.mark.parametrize("name", ["crd:0.5+wttm:4", "wttm+itrd", "dkd+reviewkd:0.6", "hint+nst:2+rrd"])
+def test_combination_is_the_weighted_sum(name):
+    g_s, g_t = features("hint", "equal", 4)
+    known = known_of(g_s, g_t)
+    options = {"feat_dim": 3, "nce_k": 5}
+    method = build(name, g_s, g_t, **options)
+    cls = distiller_class(name)
+    total = 0.0
+    for part, own in method.methods.items():
+        weight = cls.given.get(part, distiller_dict[part].weights["beta"])
+        keep_draw(own, 4)
+        total = total + weight * own_term("main", own, g_s, g_t, known)
+    assert own_term("main", method, g_s, g_t, known).item() == pytest.approx(total.item(), rel=1e-12)
+    assert method.weights == {"gamma": 1.0, "alpha": 0.0, "beta": 1.0}
+    before = {key: value.clone() for key, value in method.named_buffers() if key.endswith(("memory_v1", "queue"))}
+    assert bool(before) == ("crd" in name or "rrd" in name) and len(method.generators()) == ("crd" in name)
+    method.after_step()
+    assert all(not torch.equal(value, method.get_buffer(key)) for key, value in before.items())
+    other = build(name, g_s, g_t, **options)
+    other.load_state_dict(method.state_dict())
+    assert method_name(name) == method_name(method_name(name)) and ":" not in method_name(name)
+
+
+def test_names_of_combinations():
+    assert method_name("WTTM+crd:0.5") == "crd_0.5+wttm" and method_name("cc+AT_30") == "attention_30+correlation"
+    both = distiller_class("itrd+crd")
+    assert both.needs == ("index",) and both.min_batch == 2 and both.capturable and both.has_teacher
+    assert distiller_class("dkd+reviewkd").preact_t and not distiller_class("dkd+reviewkd").preact_s
+    for name in ("crd+crd:2", "crd:2", "crd:0+wttm", "crd:x+wttm", "crd+", "kd+crd", "fsp+crd", "crd+simkd"):
+        with pytest.raises(DistillError):
+            method_name(name)
+    with pytest.raises(DistillError, match="before the last ReLU"):
+        method_name("attention+reviewkd")
+
+
+# --- published settings of pairs ---
+
+
+def test_settings_are_weights_or_options():
+    """Of every published pair, with and without standardised logits."""
+    for name, method in [*distiller_dict.items(), ("dkd+reviewkd", distiller_class("dkd+reviewkd"))]:
+        allowed = {*method.weights, "kd_T", *method_options(name)}
+        for arch_t in model_dict:
+            for arch_s in model_dict:
+                for options in ({}, {"logit_stand": True}):
+                    found = method.settings(arch_t, arch_s, options)
+                    assert found.keys() <= allowed and all(value > 0 for value in found.values())
+
+
+def test_settings_of_a_pair():
+    pair, other = ("resnet56", "resnet20"), ("resnet14", "resnet8")
+    standard = {"logit_stand": True}
+    assert distiller_dict["dkd"].settings(*pair, {}) == {"dkd_beta": 2} and not distiller_dict["dkd"].settings(
+        *other, {}
+    )
+    assert distiller_dict["dkd"].settings(*pair, standard) == {"beta": 18, "dkd_T": 3, "dkd_beta": 2}
+    assert distiller_dict["kd"].settings(*other, standard) == {"kd_T": 2, "alpha": 9}
+    assert distiller_class("dkd+reviewkd").settings(*pair, {}) == {"dkd_beta": 2, "reviewkd_weight": 0.6}
+    assert distiller_class("dkd+reviewkd:3").settings(*pair, {}) == {"dkd_beta": 2}
+    g_s, g_t = features("dkd", "equal", 2)
+    built = [build("dkd+reviewkd", g_s, g_t, **options).weight for options in ({}, {"reviewkd_weight": 0.6})]
+    assert built == [{"dkd": 1, "reviewkd": 5}, {"dkd": 1, "reviewkd": 0.6}]
