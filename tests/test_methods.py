@@ -2,8 +2,10 @@
 
 import math
 import random
+import re
 from collections import deque
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -938,3 +940,24 @@ def test_settings_of_a_pair():
     g_s, g_t = features("dkd", "equal", 2)
     built = [build("dkd+reviewkd", g_s, g_t, **options).weight for options in ({}, {"reviewkd_weight": 0.6})]
     assert built == [{"dkd": 1, "reviewkd": 5}, {"dkd": 1, "reviewkd": 0.6}]
+
+
+# --- docs/add_a_method.md ---
+
+
+def test_the_examples_of_the_document_work(monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "add_a_method.md").read_text()
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    examples = {name: c for name, c in names.items() if isinstance(c, type) and c.__module__ == "builtins"}
+    assert len(examples) == 7
+    student, teacher = create_model("resnet8", N_CLS), create_model("resnet14", N_CLS).requires_grad_(False)
+    for name, cls in examples.items():
+        monkeypatch.setitem(distiller_dict, name.lower(), cls)
+        (g_s, logit_s), (g_t, _) = (net(torch.rand(4, 3, 32, 32), is_feat=True) for net in (student, teacher))
+        method, known = build(name.lower(), g_s, g_t), known_of(g_s, g_t)
+        loss = own_term("main", method, g_s, g_t, known) + method.kl(logit_s, known["logit_t"], 4.0)
+        loss.backward()
+        assert loss > 0 and method.predictor(student) is student
+    assert names["CosineOfPairs"].settings("resnet56", "resnet20", {}) == {"beta": 5.0, "sharpness": 2.0}
