@@ -1,46 +1,66 @@
 """Train students of one teacher: one for each method of --distill, side by side."""
 
+import argparse
 import sys
+from pathlib import Path
 
-from dataset import load_dataset
-from helper import pretrain
-from helper.build import (
-    NO_TEACHER,
-    held_out_loader,
-    hold_out,
-    layout_of,
-    load_teacher,
-    loaders,
-    start,
-    student_tracks,
-    train_step,
+from distiller_zoo import aliases, distiller_dict
+from helper.build import build_students, load_source, load_teacher, make_loaders, move_teacher, set_up
+from helper.loops import Result, fit, pretrain, validate
+from helper.options import (
+    PRECISIONS,
+    add_engine_options,
+    add_method_options,
+    check_methods,
+    finish,
+    method,
+    named,
+    number,
+    parser_for,
+    trial,
 )
-from helper.loops import fit, summary, validate
-from helper.options import parse_student
 from helper.util import cli_errors
+from models import model_dict
 
 
-def main() -> int:
-    opt = parse_student()
-    device = start(opt)
-    teacher = load_teacher(opt) if opt.path_t else NO_TEACHER
-    source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
-    source, held_out = hold_out(source, opt)
-    train_loader, test_loader = loaders(source, opt, device)
-    teacher.fit_for(source, device, layout_of(opt))
-    tracks = student_tracks(opt, source, device, teacher)
-    for track in tracks:
-        track.open(opt)
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser, model, weight = parser_for(__doc__), named("network", model_dict), number(float, 0)
+    methods = f"{', '.join(distiller_dict)}; {', '.join(f'{new} = {old}' for new, old in aliases.items())}"
+    add = parser.add
+    add("--model_s", **model, default="resnet8", help="the student's network, see below (resnet8)")
+    add("--path_t", free=True, type=Path, metavar="FILE", help="the teacher's checkpoint, ours or a published one")
+    add("--model_t", free=True, **model, help="the teacher's network (read from the checkpoint or its folder's name)")
+    add("--distill", free=True, type=method, nargs="+", default=["kd"], metavar="METHOD", help=f"{methods} (kd)")
+    add("--trial", type=trial, default="1", help="number or name of the run (1)")
+    add("--init_epochs", type=number(int, 1), default=30, help="epochs of a method's first stage (30)")
+    add("-r", "--gamma", free=True, type=weight, help="weight of cross-entropy (the method's published one)")
+    add("-a", "--alpha", free=True, type=weight, help="weight of KD's KL term (the method's published one)")
+    add("-b", "--beta", free=True, type=weight, help="weight of the method's own term (the method's published one)")
+    add("--kd_T", type=number(float, 1e-3), default=4.0, help="temperature of the KL term (4)")
+    add_engine_options(parser)
+    add("--precision_t", choices=PRECISIONS, help="precision of the teacher (as --precision)")
+    takers = add_method_options(parser)
+    return check_methods(parser, finish(parser, argv, "model_s"), takers)
+
+
+def main(argv: list[str] | None = None) -> list[Result]:
+    opt = parse(argv)
+    device = set_up(opt)
+    teacher = load_teacher(opt)  # before any data is fetched
+    source = load_source(opt)
+    teacher.check(source)
+    train_loader, test_loader, val_loader = make_loaders(source, opt, device)
+    move_teacher(teacher, device, opt)
+    students = build_students(opt, source, device, teacher)
+    for student in students:
+        student.run.open()
     if teacher.model is not None:
-        print(f"teacher {teacher.arch}: test {validate(teacher.model, test_loader)['acc']:.2f}")
+        teacher.compare(validate(teacher.model, test_loader)["acc"])
 
-    step = train_step(opt, tracks, teacher.model)
-    pretrain.init(step, train_loader, opt)
-    fit(step, train_loader, test_loader, opt, held_out_loader(held_out, source, opt, device))
-
-    for track in tracks:
-        print(summary(track))
-    return 1 if any(track.failed for track in tracks) else 0
+    pretrain(students, teacher, train_loader, opt)
+    results = fit(students, teacher, train_loader, test_loader, val_loader, opt)
+    print(*results, sep="\n")
+    return results
 
 
 if __name__ == "__main__":

@@ -1,25 +1,38 @@
 """Train one network on labels alone."""
 
+import argparse
 import sys
 
-from dataset import load_dataset
-from helper.build import held_out_loader, hold_out, loaders, start, teacher_track, train_step
-from helper.loops import fit, summary
-from helper.options import parse_teacher
+from distiller_zoo import BASELINE
+from helper.build import build, load_source, make_loaders, new_model, set_up
+from helper.loops import Result, fit
+from helper.options import add_engine_options, finish, named, parser_for, trial
+from helper.student import Teacher
 from helper.util import cli_errors
+from models import model_dict
 
 
-def main() -> int:
-    opt = parse_teacher()
-    device = start(opt)
-    source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
-    source, held_out = hold_out(source, opt)
-    train_loader, test_loader = loaders(source, opt, device)
-    track = teacher_track(opt, source, device)
-    track.open(opt)
-    fit(train_step(opt, [track]), train_loader, test_loader, opt, held_out_loader(held_out, source, opt, device))
-    print(summary(track))
-    return 1 if track.failed else 0
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = parser_for(__doc__)
+    add = parser.add
+    add("--model", **named("network", model_dict), default="resnet110", help="network, see below (resnet110)")
+    add("-t", "--trial", type=trial, default="0", help="number or name of the run (0)")
+    add_engine_options(parser)
+    return finish(parser, argv, "model")
+
+
+def main(argv: list[str] | None = None) -> list[Result]:
+    opt = parse(argv)
+    device = set_up(opt)
+    source = load_source(opt)
+    train_loader, test_loader, val_loader = make_loaders(source, opt, device)
+    name = f"{opt.model}_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_trial_{opt.trial}"
+    model, folder = new_model(opt.model, source, opt), opt.output / "models" / name
+    student = build(BASELINE, opt.model, model, folder, opt, source, device, role="teacher")
+    student.run.open()
+    results = fit([student], Teacher(), train_loader, test_loader, val_loader, opt)
+    print(*results, sep="\n")
+    return results
 
 
 if __name__ == "__main__":

@@ -1,33 +1,53 @@
 """Train a linear classifier on the features of a frozen student, on another data set."""
 
+import argparse
+import re
 import sys
+from pathlib import Path
 
-from dataset import load_dataset
-from helper.build import held_out_loader, hold_out, loaders, start, transfer_track
+from distiller_zoo import BASELINE
+from helper.build import build, checksum, load_source, make_loaders, set_up
 from helper.checkpoint import load_network
-from helper.loops import fit, summary
-from helper.options import parse_transfer
-from helper.probe import cached
-from helper.student import TrainStep
-from helper.util import cli_errors
+from helper.loops import Result, fit
+from helper.options import LR, finish, named, on_off, parser_for, trial
+from helper.probe import Probe, cache_features
+from helper.student import Teacher
+from helper.util import cli_errors, seed_all
+from models import model_dict
 
 
-def main() -> int:
-    opt = parse_transfer()
-    device = start(opt)
-    arch, _, student, _ = load_network(opt.path_s, opt.model_s, flag="--model_s")
-    source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers)
-    source, held_out = hold_out(source, opt)
-    train_loader, test_loader = loaders(source, opt, device)
-    track = transfer_track(opt, source, device, arch, student)
-    track.open(opt)
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    schedule = {"epochs": 100, "lr_decay_epochs": "30,60,90", "learning_rate": LR, "weight_decay": 0.0, "save_freq": 50}
+    parser = parser_for(__doc__, **schedule, dataset="stl10", image_size=32)
+    add = parser.add
+    add("--path_s", free=True, type=Path, metavar="FILE", required=True, help="the student's checkpoint")
+    add("--model_s", free=True, **named("network", model_dict), help="its network (read from the checkpoint)")
+    add("-t", "--trial", type=trial, default="0", help="number or name of the run (0)")
+    add("--cache_features", free=True, action=on_off, help="compute features once (if they fit half the free memory)")
+    parser.fix(precision="fp32", compile=False, graph=False, channels_last=True)
+    return finish(parser, argv, "model_s")
+
+
+def main(argv: list[str] | None = None) -> list[Result]:
+    opt = parse(argv)
+    device = set_up(opt)
+    arch, _, network, _ = load_network(opt.path_s, opt.model_s, flag="--model_s")  # before any data is fetched
+    source = load_source(opt)
+    train_loader, test_loader, val_loader = make_loaders(source, opt, device)
+    origin = re.sub(r"[^\w.+-]", "_", opt.path_s.absolute().parent.name)  # not every system takes RepDistiller's ':'
+    name = f"{origin}_to_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_trial_{opt.trial}"
+    about = {"student": origin, "student_crc32": checksum(network)}
+    seed_all(opt.seed, "model")
+    model, folder = Probe(network, source.n_cls), opt.output / "transfer" / name
+    student = build(BASELINE, arch, model, folder, opt, source, device, role="transfer", **about)
+    student.run.open()
 
     # also of epochs that are done: a feature's last bits may depend on those that are computed with it
-    epochs = range(1, opt.epochs + 1) if track.epoch < opt.epochs else range(0)
-    train_loader, test_loader = cached(train_loader, test_loader, track.model, epochs, opt.cache_features)
-    fit(TrainStep([track]), train_loader, test_loader, opt, held_out_loader(held_out, source, opt, device))
-    print(summary(track))
-    return 1 if track.failed else 0
+    epochs = range(1, opt.epochs + 1) if student.run.epoch < opt.epochs else range(0)
+    train_loader, test_loader = cache_features(train_loader, test_loader, student.model, epochs, opt.cache_features)
+    results = fit([student], Teacher(), train_loader, test_loader, val_loader, opt)
+    print(*results, sep="\n")
+    return results
 
 
 if __name__ == "__main__":

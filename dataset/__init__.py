@@ -1,6 +1,7 @@
 """Data sets by name: whole sets as uint8 arrays, read once."""
 
-from difflib import SequenceMatcher
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 
 from dataset.base import DataError, DataSource
@@ -24,12 +25,21 @@ dataset_dict = {
 
 
 def load_dataset(
-    name: str, data_folder: str | Path, image_size: int | None = None, download: bool = True, num_workers: int = 0
+    name: str,
+    data_folder: str | Path,
+    image_size: int | None = None,
+    download: bool = True,
+    num_workers: int = 0,
+    test_folder: str | None = None,
 ) -> DataSource:
-    """The data set of this name, resized once where image_size is not the set's own."""
+    """Load a data set by name, resized to image_size if that is given. Raises DataError or OSError.
+
+    test_folder: for the data set "folder", where its test images are, instead of test/ or val/
+    """
     if name not in dataset_dict:
-        closest = sorted(dataset_dict, key=lambda known: -SequenceMatcher(None, name, known).ratio())
+        closest = get_close_matches(name, dataset_dict, len(dataset_dict), cutoff=0)
         raise DataError(f"unknown data set {name!r}, known are: {', '.join(closest)}")
-    if image_size is not None and image_size < 1:
-        raise DataError(f"image_size must be at least 1, got {image_size}")
-    return dataset_dict[name](Path(data_folder), image_size, download, num_workers)
+    load, chosen = dataset_dict[name], {"test_folder": test_folder} if test_folder else {}
+    if not chosen.keys() <= signature(load).parameters.keys():
+        raise DataError(f"--test_folder: the data set {name} has a test set of its own")
+    return load(Path(data_folder), image_size, download, num_workers, **chosen)

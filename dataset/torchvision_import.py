@@ -1,9 +1,8 @@
 """`from dataset.torchvision_import import torchvision`: works beside any build of torch.
 
-torchvision's operators are compiled against one build of torch. Beside another (the CUDA torchvision of PyPI with a
-CPU torch) they do not load, and the import fails where shapes are registered for two of them. Reading data sets needs
-no such operator, so declaring these two is enough. Where the operators load, the first import succeeds and nothing
-is declared: a second declaration would clash with theirs.
+torchvision's operators are compiled against one build of torch; beside another (the CUDA torchvision of PyPI and a CPU
+torch) the import fails where shapes are registered for two of them. Reading data sets needs no operator, so declaring
+these two is enough. Where the operators load, nothing is declared, as a second declaration would clash.
 """
 
 import sys

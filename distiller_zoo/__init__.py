@@ -8,7 +8,7 @@ from torch import nn
 
 from distiller_zoo.AB import ABLoss
 from distiller_zoo.AT import Attention
-from distiller_zoo.base import Alone, Distiller, DistillError, kd_loss
+from distiller_zoo.base import Baseline, Distiller, DistillError, kd_loss
 from distiller_zoo.CC import Correlation
 from distiller_zoo.CRD import CRDLoss
 from distiller_zoo.FitNet import HintLoss
@@ -25,9 +25,9 @@ from distiller_zoo.SP import Similarity
 from distiller_zoo.VID import VIDLoss
 from models.util import known_first
 
-ALONE = "none"
+BASELINE = "none"
 distiller_dict: dict[str, type[Distiller]] = {
-    ALONE: Alone,
+    BASELINE: Baseline,
     "kd": DistillKL,
     "hint": HintLoss,
     "attention": Attention,
@@ -55,7 +55,7 @@ aliases = {
 }
 
 __all__ = [
-    "ALONE",
+    "BASELINE",
     "DistillError",
     "Distiller",
     "aliases",

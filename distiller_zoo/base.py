@@ -93,8 +93,8 @@ class Distiller(nn.Module):
         return self
 
 
-class Alone(Distiller):
-    """No distillation: the student learns from the labels alone."""
+class Baseline(Distiller):
+    """No distillation: the student baseline, trained on labels alone."""
 
     feats = slice(0)
     weights = {"gamma": 1.0}

@@ -1,42 +1,56 @@
-"""SIGTERM and SIGINT: a run in training ends its step, saves, and exits with a code that asks to be started again."""
+"""Signals that end a run: it ends its step, saves, and exits with a code that asks to be started again."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # schedulers warn by the last two; Windows has two
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to end; no handler of damaged files may take it for damage."""
+    """A signal asked the process to end; not an Exception, so that no handler takes it for a damaged file."""
 
 
 class Interrupt:
-    """What signals have asked. While `deferred`, the first is only noted; else, or a second time, it ends the run."""
+    """The signal that has arrived. Inside `deferred()` the first one is only noted; otherwise, or a second time, it
+    ends the process at once."""
 
-    def __init__(self):
-        self.signal, self.deferred, self.before = "", False, {}
+    def __init__(self) -> None:
+        self.signal, self._deferred, self._handlers = "", False, {}
 
     def listen(self) -> None:
-        """From now until forget()."""
-        self.signal, self.deferred = "", False
-        if threading.current_thread() is threading.main_thread():  # others may not
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.before.setdefault(number, signal.signal(number, self._hear))
+        """Handle signals from now until forget()."""
+        self.signal, self._deferred = "", False
+        if threading.current_thread() is threading.main_thread():  # only this one may
+            for number in (getattr(signal, name) for name in NAMES if hasattr(signal, name)):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
+                    self._handlers.setdefault(number, signal.signal(number, self._handle))
 
     def forget(self) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self.before = {}
+        self._handlers = {}
 
-    def _hear(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         again, self.signal = bool(self.signal), signal.Signals(number).name
-        if again or not self.deferred:
+        if again or not self._deferred:
             raise Interrupted(self.signal)
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Signals wait for the next check()."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
     def check(self) -> None:
-        """Raises Interrupted if a signal has been noted."""
+        """Raise Interrupted if a signal has arrived."""
         if self.signal:
             raise Interrupted(self.signal)
 

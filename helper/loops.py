@@ -1,93 +1,94 @@
-"""Training and validation, the same for teachers, students alone and distilled students."""
+"""Training and validation, the same for teachers, student baselines and distilled students."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from dataset.loader import DeviceLoader
+from helper.cuda_graph import CudaGraph
 from helper.interrupt import interrupt
-from helper.student import Track, TrainStep, correct
+from helper.student import Student, Teacher, count_hits
 
 
-def learning_rate(opt, epoch: int) -> float:
-    """Step schedule: times lr_decay_rate after each of lr_decay_epochs; epochs count from 1."""
-    return opt.learning_rate * opt.lr_decay_rate ** sum(epoch > e for e in opt.lr_decay_epochs)
+class Result(NamedTuple):
+    """What a run has come to: accuracies in percent on the test images."""
+
+    name: str
+    last: float
+    best: float
+    epoch: int  # of the best accuracy
+    seconds: float
+    folder: Path
+    failed: str = ""  # why it ended early
+    chosen: float = 0.0  # accuracy at the epoch that the held-out images choose
+    chosen_epoch: int = 0
+
+    def __str__(self) -> str:
+        if self.failed:
+            return f"{self.name}: failed, {self.failed}; its files so far: {self.folder}"
+        chosen = f"chosen by held-out images {self.chosen:.2f} (epoch {self.chosen_epoch}), "
+        return (
+            f"{self.name}: last {self.last:.2f}, best {self.best:.2f} (epoch {self.epoch}), "
+            f"{chosen if self.chosen_epoch else ''}{self.seconds:.0f} s, results in {self.folder}"
+        )
 
 
-@contextmanager
-def deferred() -> Iterator[None]:
-    """A signal waits for the end of the step, see pause()."""
-    interrupt.deferred = True
-    try:
-        yield
-    finally:
-        interrupt.deferred = False
+def train(
+    epoch: int, loader: DeviceLoader, teacher: Teacher, students: list[Student], opt, graph=None, stage: str = ""
+) -> list[Student]:
+    """One epoch, or what is left of it -> the students that are still finite.
 
-
-def train(epoch: int, loader: Iterable, step: TrainStep, opt, stage: str = "") -> None:
-    """One epoch, or what is left of it. Meters are read, and so the device waited for, every print_freq and tb_freq
-    steps.
-
-    Raises Interrupted, with all tracks saved, after the step in which a signal came.
+    graph: replays whole steps, see cuda_graph.py. Raises Interrupted, with all students saved, after the step in which
+    a signal arrived. Waits for the device only every print_freq and tb_freq steps.
     """
-    name = f"{stage}epoch {epoch}"
-    seekable = hasattr(loader, "set_epoch")  # a plain DataLoader begins anew
-    for track in step.live:
-        track.train()
-        track.since = time.perf_counter()
-        if not (seekable and track.step):
-            track.step = 0
-            track.meters.reset()
-    first = min(track.step for track in step.live)
-    if seekable:
-        loader.set_epoch(epoch, first)
+    for student in students:
+        student.begin_epoch(epoch)
+    first = min(student.run.step for student in students)
+    loader.set_epoch(epoch, first)
+    active: list[Student] = []
     saved = time.monotonic()
-    for i in progress(step.over(loader, first), name, len(loader) - first):
+
+    def step(plan: Tensor) -> None:
+        images, target, index = loader.batch(plan)
+        out_t = teacher(images, active)
+        for student in active:
+            student.update(images, target, index, out_t)
+
+    for i, plan in enumerate(progress(loader.plans(), f"{stage}epoch {epoch}", len(loader) - first), first + 1):
+        # after a kill, students may stand at different steps: each joins where it was saved
+        active = [student for student in students if student.run.step < i]
+        graph(step, plan, active) if graph else step(plan)
+        for student in active:
+            student.run.step = i
         if i % opt.tb_freq == 0:
-            for track in step.running:
-                track.run.scalars(
-                    {f"{stage}step_train_loss": track.meters.read()["loss"]}, (epoch - 1) * len(loader) + i
-                )
+            for student in active:
+                means = student.meters.read()
+                student.run.scalars({f"{stage}step_train_loss": means["loss"]}, (epoch - 1) * len(loader) + i)
+        now_save = interrupt.signal or time.monotonic() - saved > 60 * opt.save_minutes
+        if now_save or i % opt.print_freq == 0:
+            students = drop_nonfinite(students, epoch)
+            if not students:
+                return []
         if i % opt.print_freq == 0:
-            close_failed(step, epoch)
-            if not step.live:
-                return
-            say_step(f"{name} step {i}/{len(loader)}", [track for track in step.running if not track.failed])
-        if interrupt.signal or time.monotonic() - saved > 60 * opt.save_minutes:
-            pause(step, epoch)
+            print_step(f"{stage}epoch {epoch} step {i}/{len(loader)}", [s for s in students if s in active])
+        if now_save:
+            for student in students:
+                student.run.save_state(student.state_dict())
+            interrupt.check()
             saved = time.monotonic()
-    close_failed(step, epoch)
-    for track in step.live:
-        track.step = 0
-
-
-def pause(step: TrainStep, epoch: int) -> None:
-    """Save every track in the middle of an epoch; end here if a signal asked for it."""
-    close_failed(step, epoch)  # what is not finite is not worth going on from
-    for track in step.live:
-        track.run.save_state(track.state_dict())
-    interrupt.check()
-
-
-def close_failed(step: TrainStep, epoch: int) -> None:
-    """A track that is no longer finite ends here."""
-    for track in step.live:
-        if trouble := track.trouble():
-            stop(track, f"epoch {epoch}, {trouble}")
-    step.live = [track for track in step.live if not track.failed]
-
-
-def stop(track: Track, reason: str) -> None:
-    track.fail(reason)
-    print(f"{track.name}: stopped, {reason}", file=sys.stderr)
+    for student in students:
+        student.run.step = 0
+    return drop_nonfinite(students, epoch)
 
 
 @torch.inference_mode()
@@ -95,66 +96,96 @@ def validate(model: nn.Module, loader: Iterable) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent and mean cross-entropy over every image of a loader, each once."""
     model.eval()
     sums, count = 0.0, 0
-    device = next(model.parameters()).device
-    for batch in loader:
-        images, target, _ = (tensor.to(device, non_blocking=True) for tensor in batch)
+    for images, target, _ in loader:
         logit = model(images)
         loss = F.cross_entropy(logit, target, reduction="sum").double()
-        sums = sums + torch.cat([correct(logit, target), loss[None]])
+        sums = sums + torch.cat([count_hits(logit, target), loss[None]])
         count += len(target)
     top1, top5, loss = (sums / count).tolist()
     return {"acc": 100 * top1, "acc_top5": 100 * top5, "loss": loss}
 
 
-def fit(
-    step: TrainStep, train_loader: Iterable, test_loader: Iterable, opt, val_loader: Iterable | None = None
-) -> None:
-    """All epochs that a track has not done yet: train, validate, record, save.
+def pretrain(students: list[Student], teacher: Teacher, loader: DeviceLoader, opt) -> None:
+    """The first stage of the methods that have one, at a constant learning rate."""
+    students = [student for student in students if student.in_init]
+    graph = graph_of(students, opt)
+    with interrupt.deferred():
+        for epoch in range(1, opt.init_epochs + 1):
+            active = [s for s in students if s.run.init_epoch < epoch and not s.run.failed]
+            if active:
+                active = train(epoch, loader, teacher, active, opt, graph, stage="init_")
+            for student in active:
+                run, loss = student.run, student.meters.read()["loss"]
+                run.init_epoch = epoch
+                run.scalars({"init_train_loss": loss}, epoch)
+                run.write_line({"init_epoch": epoch, "init_train_loss": round(loss, 6)})
+                run.save_state(student.state_dict())
+                print(f"first stage, epoch {epoch}/{opt.init_epochs}  {student.name:<12} loss {loss:10.4f}", flush=True)
+            interrupt.check()
+    for student in students:
+        if not student.run.failed:
+            student.start(opt)
 
-    val_loader: of images held out of training, by which an epoch is chosen
-    """
-    tracks = [track for track in step.tracks if not track.failed]
-    for track in tracks:
-        track.start(opt)
-        if track.epoch:
-            print(f"{track.name}: {track.epoch} of {opt.epochs} epochs are done already, in {track.run.folder}")
-    with deferred():
+
+def fit(
+    students: list[Student],
+    teacher: Teacher,
+    train_loader: DeviceLoader,
+    test_loader: Iterable,
+    val_loader: Iterable | None,
+    opt,
+) -> list[Result]:
+    """All epochs that are still to do: train, validate, record, save."""
+    for student in students:
+        if student.run.epoch:
+            done = f"{student.run.epoch} of {opt.epochs} epochs are done already"
+            print(f"{student.name}: {done}, in {student.run.folder}", flush=True)
+    graph = graph_of(students, opt)
+    with interrupt.deferred():
         for epoch in range(1, opt.epochs + 1):
-            # A run that was cut off may have left some of its tracks an epoch behind the others.
-            step.live = [track for track in tracks if not track.failed and track.epoch < epoch]
-            if step.live:
-                run_epoch(epoch, step, train_loader, test_loader, opt, val_loader)
+            # after a kill, some students may be an epoch behind the others
+            active = [s for s in students if s.run.epoch < epoch and not s.run.failed]
+            if active:
+                lr = opt.learning_rate * opt.lr_decay_rate ** sum(epoch > e for e in opt.lr_decay_epochs)
+                for student in active:
+                    student.set_lr(lr)
+                active = train(epoch, train_loader, teacher, active, opt, graph)
+            tests = [validate(student.model, test_loader) for student in active]
+            vals = [validate(student.model, val_loader) if val_loader else {} for student in active]
+            for student, test, val in zip(active, tests, vals, strict=True):
+                if math.isfinite(test["loss"]):
+                    record(student, epoch, lr, test, val, opt)
+                else:
+                    fail(student, f"epoch {epoch}: the loss on the test images is not finite")
             if epoch < opt.epochs:
                 interrupt.check()
-    for track in tracks:
-        track.run.close()
+    for student in students:
+        student.run.close()
+    runs = [student.run for student in students]
+    return [
+        Result(s.name, r.last, r.best, r.best_epoch, r.seconds, r.folder, r.failed, r.chosen, r.chosen_epoch)
+        for s, r in zip(students, runs, strict=True)
+    ]
 
 
-def run_epoch(epoch: int, step: TrainStep, train_loader, test_loader, opt, val_loader) -> None:
-    lr = learning_rate(opt, epoch)
-    for track in step.live:
-        track.set_lr(lr)
-    train(epoch, train_loader, step, opt)
-    results = [validate(track.model, test_loader) for track in step.live]
-    held_out = [validate(track.model, val_loader) if val_loader else {} for track in step.live]
-    for track, test, val in zip(step.live, results, held_out, strict=True):
-        track.tick()
-        if math.isfinite(test["loss"]):
-            record(track, epoch, opt, lr, test, val)
-        else:
-            stop(track, f"epoch {epoch}: the loss on the test images is not finite")
+def graph_of(students: list[Student], opt) -> CudaGraph | None:
+    """What captures whole steps: on CUDA, unless --no-graph or --detect_anomaly is given."""
+    devices = {student.meters.count.device for student in students}
+    captured = opt.graph and not opt.detect_anomaly and all(device.type == "cuda" for device in devices)
+    return CudaGraph(devices.pop(), opt.batch_size) if captured and devices else None
 
 
-def record(track: Track, epoch: int, opt, lr: float, test: dict[str, float], val: dict[str, float]) -> None:
+def record(student: Student, epoch: int, lr: float, test: dict[str, float], val: dict[str, float], opt) -> None:
     """An epoch's line, curves and checkpoints; resume.pth comes last, and so stands for all of them."""
-    means = track.meters.read()
-    track.epoch, track.last = epoch, test["acc"]
-    better = test["acc"] > track.best or epoch == 1
+    run, means = student.run, student.meters.read()
+    run.tick()
+    run.epoch, run.last = epoch, test["acc"]
+    better = test["acc"] > run.best or epoch == 1
     if better:
-        track.best, track.best_epoch = test["acc"], epoch
-    chosen = bool(val) and val["acc"] > track.chosen_val
+        run.best, run.best_epoch = test["acc"], epoch
+    chosen = bool(val) and val["acc"] > run.chosen_val
     if chosen:
-        track.chosen, track.chosen_val, track.chosen_epoch = test["acc"], val["acc"], epoch
+        run.chosen, run.chosen_val, run.chosen_epoch = test["acc"], val["acc"], epoch
     line = {
         "epoch": epoch,
         "lr": lr,
@@ -162,49 +193,50 @@ def record(track: Track, epoch: int, opt, lr: float, test: dict[str, float], val
         "train_acc_top5": means["acc_top5"],
         **{f"train_{name}": means[name] for name in ("loss", "cls", "div", "kd")},
         **{f"test_{name}": value for name, value in test.items()},
-        "best_acc": track.best,
+        "best_acc": run.best,
         **{f"val_{name}": value for name, value in val.items()},
-        **({"chosen_acc": track.chosen} if val else {}),
-        "seconds": track.seconds,
+        **({"chosen_acc": run.chosen} if val else {}),
+        "seconds": run.seconds,
     }
-    track.run.epoch({key: float(f"{value:.7g}") if key != "epoch" else value for key, value in line.items()})
-    if better:
-        track.run.save(f"{track.run.arch}_best", track.model, epoch, test["acc"])
-    if chosen:
-        track.run.save(f"{track.run.arch}_chosen", track.model, epoch, test["acc"])
-    if epoch % opt.save_freq == 0:
-        track.run.save(f"ckpt_epoch_{epoch}", track.model, epoch, test["acc"])
-    if epoch == opt.epochs:
-        track.run.save(f"{track.run.arch}_last", track.model, epoch, test["acc"])
-    track.run.save_state(track.state_dict())
+    run.write_line({key: float(f"{value:.7g}") if key != "epoch" else value for key, value in line.items()})
+    run.scalars(
+        {tag: line[tag] for tag in ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")}, epoch
+    )
+    names = {
+        f"{run.arch}_best": better,
+        f"{run.arch}_chosen": chosen,
+        f"ckpt_epoch_{epoch}": epoch % opt.save_freq == 0,
+    }
+    for name, wanted in {**names, f"{run.arch}_last": epoch == opt.epochs}.items():
+        if wanted:
+            run.save(name, student.model)
+    run.save_state(student.state_dict())
     print(
-        f"epoch {epoch}/{opt.epochs}  {track.name:<12} loss {means['loss']:8.4f}  train {means['acc']:6.2f}  "
-        f"test {test['acc']:6.2f}  best {track.best:6.2f}  {track.seconds:6.0f} s",
+        f"epoch {epoch}/{opt.epochs}  {student.name:<12} loss {means['loss']:8.4f}  train {means['acc']:6.2f}  "
+        f"test {test['acc']:6.2f}  best {run.best:6.2f}  {run.seconds:6.0f} s",
         flush=True,
     )
 
 
+def drop_nonfinite(students: list[Student], epoch: int) -> list[Student]:
+    """Close the runs whose loss, gradient or weights are not finite -> the other students."""
+    for student in students:
+        if found := student.nonfinite():
+            fail(student, f"epoch {epoch}, {found}")
+    return [student for student in students if not student.run.failed]
+
+
+def fail(student: Student, reason: str) -> None:
+    student.run.fail(reason)
+    print(f"{student.name}: stopped, {reason}", file=sys.stderr)
+
+
 def progress(parts: Iterable, name: str, n: int | None = None) -> Iterable:
-    """A bar on a terminal; nothing elsewhere, where say_step's plain lines serve."""
+    """A progress bar on a terminal; elsewhere print_step's plain lines serve."""
     return tqdm(parts, desc=name, total=n, leave=False, disable=not sys.stderr.isatty(), dynamic_ncols=True)
 
 
-def say_step(where: str, tracks: list[Track]) -> None:
-    means = "  ".join(f"{t.name} {m['loss']:.4f} {m['acc']:.2f}%" for t in tracks for m in [t.meters.read()])
-    if sys.stderr.isatty():
-        tqdm.write(f"{where}  {means}", file=sys.stderr)
-    else:
-        print(f"{where}  {means}", flush=True)
-
-
-def summary(track: Track) -> str:
-    """The closing line of one network."""
-    if track.failed:
-        return f"{track.name}: failed, {track.failed}; its files so far: {track.run.folder}"
-    chosen = (
-        f"chosen by held-out images {track.chosen:.2f} (epoch {track.chosen_epoch}), " if track.chosen_epoch else ""
-    )
-    return (
-        f"{track.name}: last {track.last:.2f}, best {track.best:.2f} (epoch {track.best_epoch}), {chosen}"
-        f"{track.seconds:.0f} s, results in {track.run.folder}"
-    )
+def print_step(where: str, students: list[Student]) -> None:
+    means = "  ".join(f"{s.name} {m['loss']:.4f} {m['acc']:.2f}%" for s in students for m in [s.meters.read()])
+    tqdm.write(f"{where}  {means}", file=sys.stderr if sys.stderr.isatty() else sys.stdout)
+    sys.stdout.flush()

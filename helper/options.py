@@ -5,37 +5,53 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from dataset import dataset_dict
-from distiller_zoo import DistillError, aliases, distiller_dict, method_name, method_options
+from distiller_zoo import DistillError, distiller_dict, method_name, method_options
 from models import default_lr, model_dict
-from models.util import known_first
 
 LR = 0.05  # published; default_lr names the networks that are trained with another
 PRECISIONS = ("fp32", "bf16", "auto")
-OPEN = ("gamma", "alpha", "beta")
-# where transfer_student.py differs
-PROBE = {"save_freq": 50, "epochs": 100, "lr_decay_epochs": "30,60,90", "weight_decay": 0.0}
-PROBE |= {"dataset": "stl10", "image_size": 32, "learning_rate": LR}
+WEIGHTS = ("gamma", "alpha", "beta")
+on_off = argparse.BooleanOptionalAction
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, exit code 2."""
+    """Says what is wrong in one sentence, exit code 2.
+
+    `free` collects the options that no number of a run depends on: they may change when it is resumed.
+    """
+
+    def __init__(self, **kwargs):
+        self.free: set[str] = set()
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **kwargs})
+
+    def add(self, *names: str, free: bool = False, **kwargs) -> None:
+        dest = self.add_argument(*names, **kwargs).dest
+        if free:
+            self.free.add(dest)
+
+    def fix(self, **values) -> None:
+        """Options that the other scripts have, and this one does not."""
+        self.free |= values.keys()
+        self.set_defaults(**values)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def named(what: str, registry: Iterable[str]) -> dict:
-    """How an argument is read that is a name of a registry."""
+    """An argument that is a name of a registry; of an unknown one, the closest are listed first."""
 
     def convert(text: str) -> str:
         if text not in registry:
-            known = ", ".join(known_first(text, registry))
+            known = ", ".join(get_close_matches(text, registry, len(registry), 0))
             raise argparse.ArgumentTypeError(f"unknown {what} '{text}'; known: {known}")
         return text
 
@@ -43,7 +59,7 @@ def named(what: str, registry: Iterable[str]) -> dict:
 
 
 def method(text: str) -> str:
-    """A method's name, the registry's or its paper's."""
+    """A method by its name in the registry or by an alias."""
     try:
         return method_name(text)
     except DistillError as error:
@@ -74,37 +90,45 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
 def epochs_list(text: str) -> list[int]:
     """'150,180,210' -> [150, 180, 210]"""
     try:
-        return [int(part) for part in text.split(",") if part.strip()]
+        epochs = [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of epochs like 150,180,210") from error
+    if len(set(epochs)) < len(epochs) or min(epochs, default=1) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} names an epoch twice, or one below 1")
+    return epochs
 
 
 def parser_for(description: str, **defaults) -> Parser:
-    """What the entry scripts take; defaults: other ones than the published."""
-    sets = "\n".join(f"  {name:<13} {(load.__doc__ or '').splitlines()[0]}" for name, load in dataset_dict.items())
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"data sets:\n{sets}\nnetworks:\n  {' '.join(model_dict)}",
+    """The options that all entry scripts share; defaults: other ones than the published."""
+    sets = "\n".join(
+        f"  {name:<13} {(load.__doc__ or '').partition(chr(10))[0]}" for name, load in dataset_dict.items()
     )
+    parser = Parser(description=description, epilog=f"data sets:\n{sets}\nnetworks:\n  {' '.join(model_dict)}")
     positive, share = number(int, 1), number(float, 0, 1)
     lr = defaults.get("learning_rate") or f"{LR}; {', '.join(f'{lr} for {name}' for name, lr in default_lr.items())}"
     size = defaults.get("image_size") or "the data set's default"
-    add = parser.add_argument
-    add("--print_freq", type=positive, default=100, help="steps between two readings of the losses (100)")
-    add("--tb_freq", type=positive, default=500, help="steps between two training losses in TensorBoard (500)")
-    add("--save_freq", type=positive, default=40, help="epochs between two checkpoints (%(default)s)")
+    add = parser.add
+    add("--print_freq", free=True, type=positive, default=100, help="steps between two printed losses (100)")
+    add(
+        "--tb_freq",
+        free=True,
+        type=positive,
+        default=500,
+        help="steps between two training losses in TensorBoard (500)",
+    )
+    add("--save_freq", free=True, type=positive, default=40, help="epochs between two checkpoints (%(default)s)")
     add("--batch_size", type=positive, default=64, help="images per step (64)")
-    add("--num_workers", type=number(int, 0), default=8, help="threads that decode image files, once at start (8)")
-    add("--epochs", type=positive, default=240, help="(%(default)s)")
+    add("--num_workers", free=True, type=number(int, 0), default=8, help="threads that decode image files once (8)")
+    add("--epochs", free=True, type=positive, default=240, help="(%(default)s)")
     add("--learning_rate", type=number(float, 0), help=f"({lr})")
     add("--lr_decay_epochs", type=epochs_list, default="150,180,210", help="epochs after which it decays (%(default)s)")
     add("--lr_decay_rate", type=number(float, 0, 10), default=0.1, help="(0.1)")
     add("--weight_decay", type=number(float, 0), default=5e-4, help="(%(default)s)")
     add("--momentum", type=share, default=0.9, help="(0.9)")
     add("--dataset", **named("data set", dataset_dict), default="cifar100", help="see below (%(default)s)")
-    add("--data_folder", type=Path, default=Path("data"), help="where the data set is or is put (./data)")
-    add("--download", action=argparse.BooleanOptionalAction, default=True, help="fetch a missing data set (on)")
+    add("--data_folder", free=True, type=Path, default=Path("data"), help="where the data set is or is put (./data)")
+    add("--test_folder", free=True, metavar="NAME", help="of --dataset folder: its test images (test/, or val/)")
+    add("--download", free=True, action=on_off, default=True, help="fetch a missing data set (on)")
     add("--image_size", type=number(int, 8, 1024), help=f"resize all images to this, once ({size})")
     add("--seed", type=number(int, 0), help="of initialisation, order and augmentation (the trial's number)")
     add(
@@ -115,98 +139,33 @@ def parser_for(description: str, **defaults) -> Parser:
     )
     add(
         "--save_minutes",
+        free=True,
         type=number(float, 0.01),
         default=10.0,
-        help="minutes between two saved states in an epoch (10)",
+        help="minutes between two saved states (10)",
     )
-    add("--deterministic", action="store_true", help="on CUDA, only kernels that give the same bits again (slower)")
-    add("--detect_anomaly", action="store_true", help="name the operation whose gradient is NaN (very slow)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    add("--deterministic", action="store_true", help="on CUDA, only kernels that repeat their bits (slower)")
+    add("--detect_anomaly", free=True, action="store_true", help="name the operation whose gradient is NaN (very slow)")
+    add("--device", free=True, default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     add(
         "--resume",
+        free=True,
         choices=("auto", "never"),
         default="auto",
-        help="go on with an unfinished run; or use a new folder (auto)",
+        help="resume a run, or take a new folder (auto)",
     )
-    add("--output", type=Path, default=Path("save"), help="folder of all results (./save)")
+    add("--output", free=True, type=Path, default=Path("save"), help="folder of all results (./save)")
     parser.set_defaults(**defaults)
     return parser
 
 
 def add_engine_options(parser: Parser) -> None:
     """How networks are computed."""
-    add = parser.add_argument_group("engine").add_argument
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        default="fp32",
-        help="of the networks (fp32); auto: bf16 where the device computes in it",
-    )
-    add("--compile", action="store_true", help="fuse the networks' kernels; pays for runs of more than some minutes")
-    add("--graph", action=argparse.BooleanOptionalAction, default=True, help="on CUDA, record whole steps (on)")
-    add(
-        "--channels_last",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="a pixel's channels beside each other in memory (on)",
-    )
-
-
-def parse_teacher(argv: list[str] | None = None) -> argparse.Namespace:
-    """Options of train_teacher.py."""
-    parser = parser_for("Train one network on labels alone.")
-    model = named("network", model_dict)
-    parser.add_argument("--model", **model, default="resnet110", help="network, see below (resnet110)")
-    parser.add_argument("-t", "--trial", type=trial, default="0", help="number or name of the run (0)")
-    add_engine_options(parser)
-    return finish(parser.parse_args(argv), "model")
-
-
-def parse_transfer(argv: list[str] | None = None) -> argparse.Namespace:
-    """Options of transfer_student.py."""
-    parser = parser_for("Train a linear classifier on the features of a frozen student.", **PROBE)
-    add = parser.add_argument
-    add("--path_s", type=Path, metavar="FILE", required=True, help="the student's checkpoint, ours or a foreign one")
-    add("--model_s", **named("network", model_dict), help="its network (read from the file, or its folder's name)")
-    add("-t", "--trial", type=trial, default="0", help="number or name of the run (0)")
-    add(
-        "--cache_features",
-        action=argparse.BooleanOptionalAction,
-        help="compute the features of every view once and keep them (where half the free memory holds them)",
-    )
-    return finish(parser.parse_args(argv), "model_s")
-
-
-def parse_student(argv: list[str] | None = None) -> argparse.Namespace:
-    """Options of train_student.py."""
-    parser = parser_for("Train students of one teacher: one for each method named, side by side.")
-    model = named("network", model_dict)
-    names = ", ".join(distiller_dict)
-    also = ", ".join(f"{new} = {old}" for new, old in aliases.items())
-    add = parser.add_argument
-    add("--model_s", **model, default="resnet8", help="the student's network, see below (resnet8)")
-    add("--path_t", type=Path, metavar="FILE", help="the teacher's checkpoint, ours or a published one")
-    add("--model_t", **model, help="the teacher's network (read from the checkpoint, or from its folder's name)")
-    add(
-        "--distill",
-        type=method,
-        nargs="+",
-        default=["kd"],
-        metavar="METHOD",
-        help=f"{names}; {also} (kd)",
-    )
-    add("--trial", type=trial, default="1", help="number or name of the run (1)")
-    add("--init_epochs", type=number(int, 1), default=30, help="epochs of a method's first stage (30)")
-    add("-r", "--gamma", type=number(float, 0), help="weight of cross-entropy (the method's published one)")
-    add("-a", "--alpha", type=number(float, 0), help="weight of KD's KL term (the method's published one)")
-    add("-b", "--beta", type=number(float, 0), help="weight of the method's own term (the method's published one)")
-    add("--kd_T", type=number(float, 1e-3), default=4.0, help="temperature of the KL term (4)")
-    add_engine_options(parser)
-    add("--precision_t", choices=PRECISIONS, help="of the teacher (as --precision)")
-    add("--streams", action="store_true", help="on CUDA, students at once, on streams of their own (not yet measured)")
-    takers = add_method_options(parser)
-    opt = parser.parse_args(argv)
-    return finish(check_student(parser, opt, takers), "model_s")
+    add = parser.add
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the networks; auto: bf16 where it is native (fp32)")
+    add("--compile", action="store_true", help="fuse kernels with torch.compile; for runs of more than some minutes")
+    add("--graph", free=True, action=on_off, default=True, help="on CUDA, capture whole steps as a graph (on)")
+    add("--channels_last", action=on_off, default=True, help="the channels_last memory format (on)")
 
 
 def add_method_options(parser: Parser) -> dict[str, list[str]]:
@@ -236,35 +195,39 @@ def add_method_options(parser: Parser) -> dict[str, list[str]]:
     return takers
 
 
-def check_student(parser: Parser, opt: argparse.Namespace, takers: dict[str, list[str]]) -> argparse.Namespace:
+def check_methods(parser: Parser, opt: argparse.Namespace, takers: dict[str, list[str]]) -> argparse.Namespace:
     """Gather the methods' options; refuse what none of the chosen methods takes."""
     opt.distill = list(dict.fromkeys(opt.distill))
-    for key in OPEN:
+    for key in WEIGHTS:
         if getattr(opt, key) is not None and not any(key in distiller_dict[name].weights for name in opt.distill):
             parser.error(f"--{key}: not an option of {', '.join(opt.distill)}, but of the methods with a teacher")
     for key, methods in takers.items():
         if getattr(opt, key) is not None and not set(methods) & set(opt.distill):
             parser.error(f"--{key}: not an option of {', '.join(opt.distill)}, but of {', '.join(methods)}")
+    parser.free.add("options")  # compared beside, as are the teacher, the method and its weights
     opt.options = {key: value for key in takers if (value := getattr(opt, key)) is not None}
     for key in takers:
         delattr(opt, key)
     for name in opt.distill:
-        weights, least = weights_of(name, opt), distiller_dict[name].min_batch
+        weights, smallest = weights_of(name, opt), distiller_dict[name].min_batch
         if not any(weights.values()):
             parser.error(f"-r -a -b: nothing is left of the loss of {name}")
-        if opt.batch_size < least and weights.get("beta"):
-            parser.error(f"--batch_size {opt.batch_size}: {name} compares the samples of a batch, at least {least}")
+        if opt.batch_size < smallest and weights.get("beta"):
+            parser.error(f"--batch_size {opt.batch_size}: {name} compares the samples of a batch, at least {smallest}")
     if opt.path_t is None and any(distiller_dict[name].has_teacher for name in opt.distill):
         parser.error("--path_t: a teacher's checkpoint is needed, for example save/models/<teacher>/<arch>_last.pth")
     return opt
 
 
-def finish(opt: argparse.Namespace, model: str) -> argparse.Namespace:
-    """Defaults that depend on other options."""
+def finish(parser: Parser, argv: list[str] | None, model: str) -> argparse.Namespace:
+    """Parse; defaults that depend on other options."""
+    opt = parser.parse_args(argv)
     if opt.learning_rate is None:
         opt.learning_rate = default_lr.get(getattr(opt, model), LR)
     if opt.seed is None:
         opt.seed = int(opt.trial) if opt.trial.isdecimal() and opt.trial.isascii() else zlib.crc32(opt.trial.encode())
+    opt.free = parser.free
+    opt.argv = sys.argv if argv is None else [parser.prog, *argv]
     return opt
 
 
@@ -277,10 +240,11 @@ def trial(text: str) -> str:
 
 def weights_of(name: str, opt: argparse.Namespace) -> dict[str, float]:
     """A method's weights: the published ones, or what the user passed for those that it has."""
-    given = {key: getattr(opt, key, None) for key in OPEN}  # a teacher has no such flags
+    given = {key: getattr(opt, key, None) for key in WEIGHTS}  # a teacher has no such flags
     return {key: value if given[key] is None else given[key] for key, value in distiller_dict[name].weights.items()}
 
 
 def plain(opt: argparse.Namespace) -> dict:
     """Options as plain types, for config.json and checkpoints."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(opt).items()}
+    options = {key: value for key, value in vars(opt).items() if key not in ("free", "argv")}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}

@@ -1,113 +1,120 @@
-"""What a run leaves in its folder."""
+"""What a run leaves in its folder, and how far it has got."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import socket
-import stat
-import sys
 import time
+from collections.abc import Iterable
 from itertools import chain, count
 from pathlib import Path
-from typing import IO
 
+from filelock import FileLock, Timeout
 from torch import nn
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 from helper import checkpoint
 from helper.util import RunError, code_version, versions
 
-# Options that may change between two parts of one run: they change no number of it.
-FREE = {"print_freq", "tb_freq", "save_freq", "num_workers", "device", "download", "data_folder", "output", "resume"}
-# the networks from files, the method, its options and weights are compared beside
-FREE |= {
-    "path_t",
-    "model_t",
-    "path_s",
-    "model_s",
-    "distill",
-    "options",
-    "cache_features",
-    "graph",
-    "streams",
-    "save_minutes",
-    "detect_anomaly",
-}
-FREE |= {"alpha", "beta", "gamma"}
-
-ABOUT = {"opt", "parts"}  # of a configuration: said, not compared
-LARGEST_CONFIG = 2**22  # bytes; every part of a run adds 600
+# How far a run has got: whole epochs of the first and of the main stage, steps of the next one; and what it reached.
+PROGRESS = ("init_epoch", "epoch", "step", "last", "best", "best_epoch", "chosen", "chosen_val", "chosen_epoch")
+PROGRESS += ("seconds",)
+NOT_COMPARED = {"opt", "parts", "class_names"}  # of config.json; the options in `opt` are compared one by one
 
 
 class Run:
-    """Folder of one network in training: config.json, metrics.jsonl, TensorBoard events, checkpoints."""
+    """The folder of a network in training: lock, config.json, metrics.jsonl, TensorBoard events, checkpoints.
 
-    def __init__(self, folder: Path, arch: str, config: dict, device: str = "cpu"):
-        self.folder, self.arch, self.config, self.device = folder, arch, config, device
-        self.parts: list[dict] = []  # with what the parts of a run that was cut off were done
-        self.writer = self.lock = None
+    free: options that may change between two parts of a run, since its numbers do not depend on them
+    """
 
-    def resume(self, mode: str) -> dict | None:
-        """State of an earlier run of the same configuration in this folder; None if there is nothing to go on from."""
+    def __init__(self, folder: Path, arch: str, config: dict, free: Iterable[str] = (), part: dict | None = None):
+        self.folder, self.arch, self.config, self.free = folder, arch, config, set(free)
+        self.part = {"code": code_version(), "versions": versions(), **(part or {})}
+        self.parts: list[dict] = []  # earlier parts of the run, if it was interrupted
+        self.lock = self.writer = None
+        self.init_epoch = self.epoch = self.step = self.best_epoch = self.chosen_epoch = 0
+        self.last = self.best = self.chosen = self.seconds = 0.0
+        self.chosen_val = -1.0
+        self.since = time.perf_counter()  # when `seconds` was brought up to date
+        self.failed = ""  # why the run was given up
+
+    def find(self, mode: str) -> dict | None:
+        """State of an earlier part of this run in its folder -> None if there is none.
+
+        mode: 'never' takes a new folder instead. Raises RunError if the folder is in use or holds another run.
+        """
         if mode == "never":
-            self.folder = unused(self.folder)
+            names = chain([self.folder], (self.folder.with_name(f"{self.folder.name}_{n}") for n in count(2)))
+            self.folder = next(folder for folder in names if not folder.exists())
         path = self.folder / "config.json"
         if not path.exists():
             return None
-        self.lock = lock(self.folder)  # before its state is read
         try:
-            config = json.loads(checkpoint.read_text(path, LARGEST_CONFIG))
-            before, self.parts = comparable(config), config["parts"]
-            if not isinstance(self.parts, list) or not all(map(is_part, self.parts)):
-                raise ValueError("what it says of the parts of the run is damaged")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-            raise RunError(f"{path}: cannot be read ({error}): choose another --trial or --output") from error
-        now = comparable(json.loads(json.dumps(self.config)))
-        differ = [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in now if before.get(key) != now[key]]
+            config = json.loads(checkpoint.read_text(path))
+            before, parts, epochs = self.identity(config), list(config["parts"]), int(config["opt"]["epochs"])
+            holder = f"process {parts[-1]['pid']} on {parts[-1]['host']}" if "pid" in parts[-1] else "another process"
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
+            raise RunError(f"{path}: damaged ({error}): choose another --trial or --output") from error
+        self.acquire(holder)  # before the state is read
+        now = self.identity(json.loads(json.dumps(self.config)))
+        # what an older version did not write is not compared
+        differ = [
+            f"{key}: {before[key]} there, {now[key]} here" for key in now if before.get(key, now[key]) != now[key]
+        ]
         if differ:
             raise RunError(f"{self.folder} holds a run of other options ({'; '.join(differ)}): choose another --trial")
-        state = self.folder / "resume.pth"
-        if not state.exists():
-            self.parts = []  # nothing of them is left
+        if epochs > self.config["opt"]["epochs"]:
+            raise RunError(f"{self.folder} holds a run of {epochs} epochs: --epochs may be raised, not lowered")
+        if not (self.folder / "resume.pth").exists():
             return None
-        return checkpoint.load(state)
+        self.parts = parts
+        return checkpoint.load(self.folder / "resume.pth")
 
-    def open(self, epoch: int = 0, init_epoch: int = 0) -> None:
-        """Make the folder, or take it up again after so many epochs, and those of a first stage."""
+    def restore(self, state: dict) -> None:
+        for name in PROGRESS:
+            setattr(self, name, type(getattr(self, name))(state[name]))
+
+    def acquire(self, holder: str = "another process") -> None:
+        """Lock the folder until the process ends."""
+        self.lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise RunError(f"{self.folder} is in use by {holder}") from None
+
+    def open(self) -> None:
+        """Make the folder, or take it up again where the run was interrupted; nothing if the run is complete."""
+        if self.epoch >= self.config["opt"]["epochs"]:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = self.lock or lock(self.folder)
-            part = {"from_epoch": epoch + 1, "code": code_version(), "versions": versions(), "argv": sys.argv}
-            about = {
-                **self.config,
-                "parts": [*self.parts, {**part, "device": self.device}],
-            }
-            checkpoint.write(self.folder / "config.json", (json.dumps(about, indent=1) + "\n").encode())
-            self.forget_after(epoch, init_epoch)
+            if self.lock is None:
+                self.acquire()
+            part = {"from_epoch": self.epoch + 1, **self.part, "pid": os.getpid(), "host": socket.gethostname()}
+            config = {**self.config, "parts": [*self.parts, part]}
+            checkpoint.write(self.folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+            self.drop_later_lines()
         except OSError as error:
             raise RunError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
-    def forget_after(self, epoch: int, init_epoch: int) -> None:
-        """Drop lines of epochs that will be done again: the run was cut off before its state was saved."""
+    def drop_later_lines(self) -> None:
+        """Drop lines of epochs that will be repeated: the run ended before its state was saved."""
         path = self.folder / "metrics.jsonl"
-        if os.path.lexists(path):  # a link to nothing would be written through
+        if path.exists():
             try:
-                lines = checkpoint.read_text(path).splitlines(keepends=True)
-                lines = [line for line in lines if line.endswith(b"}\n")]
-                kept = [line for line in lines if is_done(json.loads(line), epoch, init_epoch)]
+                lines = [line for line in checkpoint.read_text(path).splitlines(keepends=True) if line.endswith(b"}\n")]
+                kept = [line for line in lines if self.is_done(json.loads(line))]
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise RunError(f"{path}: damaged ({error}): choose another --trial or --output") from error
             checkpoint.write(path, b"".join(kept))
 
+    def is_done(self, line: dict) -> bool:
+        return line["init_epoch"] <= self.init_epoch if "init_epoch" in line else line["epoch"] <= self.epoch
+
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Points of curves. TensorBoard is imported here: it takes a second that wrong options need not wait for."""
+        """Add points to TensorBoard's curves. It is imported here, as that takes a second."""
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -115,83 +122,46 @@ class Run:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
 
-    def epoch(self, line: dict) -> None:
-        """One line of metrics.jsonl, and its curves."""
-        self.line(line)
-        tags = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")
-        self.scalars({tag: line[tag] for tag in tags}, line["epoch"])
-
-    def line(self, values: dict) -> None:
+    def write_line(self, values: dict) -> None:
+        """A line of metrics.jsonl."""
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(values) + "\n")
 
-    def save(self, name: str, model: nn.Module, epoch: int, accuracy: float) -> None:
-        """A checkpoint that describes itself."""
-        about = {key: self.config[key] for key in ("dataset", "n_cls", "mean", "std", "image_size", "opt")}
-        about["config_sha256"] = digest(self.config)
+    def save(self, name: str, model: nn.Module) -> None:
+        """Write a checkpoint that describes itself, of the last epoch done."""
+        keys = ("dataset", "n_cls", "class_names", "mean", "std", "image_size", "opt")
+        about = {key: self.config[key] for key in keys}
+        about["config_sha256"] = self.sha256()
         state = {key: value.cpu() for key, value in model.state_dict().items()}  # readable without a GPU
-        content = {"model": state, "arch": self.arch, "epoch": epoch, "accuracy": accuracy, **about}
+        content = {"model": state, "arch": self.arch, "epoch": self.epoch, "accuracy": self.last, **about}
         checkpoint.save(self.folder / f"{name}.pth", content)
 
     def save_state(self, state: dict) -> None:
-        """All that is needed to go on."""
-        checkpoint.save(self.folder / "resume.pth", state)
+        """Write resume.pth, from which the run continues."""
+        self.tick()
+        progress = {name: getattr(self, name) for name in PROGRESS}
+        checkpoint.save(self.folder / "resume.pth", {**state, **progress})
+
+    def tick(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self.since = self.seconds + now - self.since, now
+
+    def fail(self, reason: str) -> None:
+        """Give the run up; those beside it go on."""
+        self.failed = reason
+        self.close()
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
         if self.lock is not None:
-            self.lock.close()
+            self.lock.release()
 
+    def identity(self, config: dict) -> dict:
+        """What must be the same in all parts of a run."""
+        options = {key: value for key, value in config["opt"].items() if key not in self.free}
+        return {**options, **{key: value for key, value in config.items() if key not in NOT_COMPARED}}
 
-def is_part(part: object) -> bool:
-    """Text and numbers, and lists and dictionaries of text: more levels would be indented without end."""
-    if not isinstance(part, dict):
-        return False
-    levels = [v.values() if isinstance(v, dict) else v if isinstance(v, list) else [v] for v in part.values()]
-    return all(isinstance(value, str | int) for level in levels for value in level)
-
-
-def is_done(line: dict, epoch: int, init_epoch: int) -> bool:
-    return line["init_epoch"] <= init_epoch if "init_epoch" in line else line["epoch"] <= epoch
-
-
-def unused(folder: Path) -> Path:
-    """The folder if there is none of this name, or the first of folder_2, folder_3 ... ."""
-    names = chain([folder], (folder.with_name(f"{folder.name}_{n}") for n in count(2)))
-    return next(name for name in names if not name.exists())
-
-
-def lock(folder: Path) -> IO[str]:
-    """A file that is locked until it is closed, or its process ends; it says whose it is."""
-    try:
-        no_link = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
-        file = os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | no_link, 0o666), "r+")
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
-            raise OSError(errno.EINVAL, "it is not a file of its own")
-    except OSError as error:
-        raise RunError(f"{folder / '.lock'}: cannot be written ({error.strerror})") from error
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise RunError(f"{folder} is in use by {file.read(200).strip() or 'another process'}") from None
-    except OSError as error:  # some file systems of clusters have no locks
-        print(f"note: {folder} cannot be locked ({error.strerror}): start no second run in it", file=sys.stderr)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
-    file.flush()
-    return file
-
-
-def digest(config: dict) -> str:
-    """Of all that the numbers of a run depend on."""
-    return hashlib.sha256(json.dumps(comparable(config), sort_keys=True).encode()).hexdigest()
-
-
-def comparable(config: dict) -> dict:
-    """What must be the same in two parts of one run."""
-    options = {key: value for key, value in config["opt"].items() if key not in FREE}
-    return {**options, **{key: value for key, value in config.items() if key not in ABOUT}}
+    def sha256(self) -> str:
+        """Digest of everything that the run's numbers depend on."""
+        return hashlib.sha256(json.dumps(self.identity(self.config), sort_keys=True).encode()).hexdigest()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
+import os
+import signal
 import subprocess
 import sys
 import zlib
@@ -18,8 +19,6 @@ from distiller_zoo import DistillError
 from helper.interrupt import EXIT, Interrupted, interrupt
 from models.util import ModelError
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, KEPT = -1, -3, 2**31 - 1  # of malloc.h; the largest buffer that is kept
-
 
 class RunError(ValueError):
     """A run cannot be started or go on; the message is one sentence for the user."""
@@ -33,20 +32,24 @@ def cli_errors(main: Callable[[], object]) -> int:
         print(f"{Path(sys.argv[0]).name}: {line:.1000}", file=sys.stderr)
 
     try:
-        interrupt.listen()
-        results = main()
-        return 1 if isinstance(results, list) and any(result.failed for result in results) else 0
-    except (RunError, DataError, DistillError, ModelError, OSError) as error:  # OSError: a full disk, for one
-        say(error)
-        return 2
-    except Interrupted as error:
+        try:
+            interrupt.listen()
+            results = main()
+            return 1 if isinstance(results, list) and any(result.failed for result in results) else 0
+        except BrokenPipeError:  # as of `| head`: nobody reads any more, and nothing is left to be flushed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        except (RunError, DataError, DistillError, ModelError, OSError) as error:  # OSError: a full disk, for one
+            say(error)
+            return 2
+        except KeyboardInterrupt:
+            say("interrupted")
+            return 130
+        finally:
+            interrupt.forget()
+    except Interrupted as error:  # at any moment, so around all else
         say(f"{error}: stopped; the same command continues the run")
         return EXIT
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
-    finally:
-        interrupt.forget()
 
 
 def stream(seed: int, *key: str) -> int:
@@ -74,16 +77,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def keep_buffers() -> bool:
-    """Let glibc keep large freed buffers, as it does with small ones; False where there is no glibc.
-
-    By default it hands them back to the kernel at once, which fills them with zeros again at the next use.
-    """
-    mallopt = getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "mallopt", None)
-    return mallopt is not None and all(mallopt(option, KEPT) for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
-
-
-def native_bf16(device: torch.device) -> bool:
+def has_native_bf16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16, not only stores it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

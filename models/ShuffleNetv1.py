@@ -9,7 +9,7 @@ GROUPS = 3
 
 
 class Bottleneck(nn.Module):
-    """Grouped 1x1, depthwise 3x3, grouped 1x1 and a shortcut; stops before the ReLU of the sum or concatenation."""
+    """Grouped 1x1, depthwise 3x3 and grouped 1x1 convolutions with a shortcut, up to the last ReLU."""
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
@@ -17,7 +17,7 @@ class Bottleneck(nn.Module):
         if stride == 2:
             c_out -= c_in  # the pooled shortcut is concatenated
         mid = c_out // 4
-        self.groups = 1 if c_in == STEM else GROUPS  # the stem is too narrow for groups, and is not shuffled
+        self.groups = 1 if c_in == STEM else GROUPS  # after the stem: too few channels for groups, hence no shuffle
         self.conv1 = conv(c_in, mid, 1, groups=self.groups)
         self.bn1 = nn.BatchNorm2d(mid)
         self.conv2 = conv(mid, mid, 3, stride, groups=mid)

@@ -6,7 +6,7 @@ from models.util import channel_shuffle, conv, global_pool, run_stage
 
 
 class BasicBlock(nn.Module):
-    """Half of the channels pass, half are filtered; stops before the ReLU and the shuffle."""
+    """Half of the channels pass through, half are convolved; up to the last ReLU and the shuffle."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -26,7 +26,7 @@ class BasicBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Two branches of stride 2, concatenated; stops before the ReLU and the shuffle."""
+    """Two branches of stride 2, concatenated; up to the last ReLU and the shuffle."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -71,7 +71,9 @@ class ShuffleV2(nn.Module):
         feats = [x]
         for layer in (self.layer1, self.layer2, self.layer3):
             x, pre = run_stage(layer, x, _relu_shuffle)
-            feats.append(pre if preact else x)  # pre is not shuffled: as published, its channel order differs from x's
+            feats.append(
+                pre if preact else x
+            )  # as in RepDistiller, pre is not shuffled: its channels are in another order than x's
         x = F.relu(self.bn2(self.conv2(x)), inplace=True)
         feats.append(global_pool(x))
         logit = self.linear(feats[-1])
@@ -79,7 +81,7 @@ class ShuffleV2(nn.Module):
 
 
 def _relu_shuffle(pre: Tensor, inplace: bool = False) -> Tensor:
-    # the half that passed through a block has been rectified before, so a second ReLU leaves it and its gradient alone
+    # the half that passed through is already rectified: a second ReLU changes neither it nor its gradient
     return channel_shuffle(F.relu(pre, inplace=inplace), 2)
 
 

@@ -9,7 +9,7 @@ FEATURE_STAGES = (1, 2, 4, 6)
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter by depth, project; no ReLU follows the projection."""
+    """1x1 expansion, 3x3 depthwise and 1x1 linear projection: no ReLU follows."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, expansion: int):
         super().__init__()
@@ -42,9 +42,10 @@ class MobileNetV2(nn.Module):
             self.blocks.append(nn.Sequential(InvertedResidual(c_in, c_out, stride, expansion), *rest))
             c_in = c_out
         self.conv2 = nn.Sequential(*conv_bn(c_in, 1280, 1), nn.ReLU(inplace=True))
-        self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
+        linear = nn.Linear(1280, num_classes)
+        self.classifier = nn.Sequential(linear)
         init_convs(self)
-        init_linear(self.classifier[0])
+        init_linear(linear)
 
     def get_feat_modules(self) -> nn.ModuleList:
         return nn.ModuleList([self.conv1, self.blocks])
@@ -55,7 +56,7 @@ class MobileNetV2(nn.Module):
         for i, stage in enumerate(self.blocks):
             x = stage(x)
             if i in FEATURE_STAGES:
-                feats.append(x)  # linear bottlenecks: there is no ReLU for preact to precede
+                feats.append(x)  # preact changes nothing: a linear bottleneck has no last ReLU
         feats.append(global_pool(self.conv2(x)))
         logit = self.classifier(feats[-1])
         return (feats, logit) if is_feat else logit

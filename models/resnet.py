@@ -5,7 +5,7 @@ from models.util import conv, conv_bn, global_pool, init_convs, run_stage
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut; stops before the ReLU of the sum."""
+    """Two 3x3 convolutions with a shortcut, up to the last ReLU."""
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
@@ -27,7 +27,7 @@ class ResNet(nn.Module):
 
     def __init__(self, depth: int, widths: tuple[int, ...] = (16, 16, 32, 64), num_classes: int = 100):
         super().__init__()
-        n_blocks = (depth - 2) // 6  # three stages, two convolutions a block
+        n_blocks = (depth - 2) // 6  # three stages, two convolutions per block
         c0, c1, c2, c3 = widths
         self.conv1 = conv(3, c0, 3)
         self.bn1 = nn.BatchNorm2d(c0)

@@ -5,7 +5,7 @@ from models.util import conv, conv_bn, global_pool, init_convs, run_stage
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut; stops before the ReLU of the sum."""
+    """1x1, 3x3 and 1x1 convolutions with a shortcut, up to the last ReLU."""
 
     expansion = 4
 

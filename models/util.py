@@ -1,4 +1,4 @@
-"""What the model families share, and what the rest of the project asks of a model."""
+"""Building blocks shared by the model families, and helpers for any model: its head, its feature shapes."""
 
 from collections.abc import Callable, Iterable
 from difflib import SequenceMatcher
@@ -9,51 +9,51 @@ from torch import Tensor, nn
 
 
 class ModelError(ValueError):
-    """A request about models that the user can correct; the message is one sentence."""
+    """Bad input that concerns a model; the message is one sentence for the user."""
 
 
 def known_first(name: str, names: Iterable[str]) -> list[str]:
-    """All known names, the closest to `name` first."""
+    """The known names, sorted by their similarity to `name`."""
     return sorted(names, key=lambda known: -SequenceMatcher(None, name.lower(), known.lower()).ratio())
 
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """Convolution without bias that keeps the size at stride 1."""
+    """Convolution without bias, padded to keep the size at stride 1."""
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
 
 
 def conv_bn(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """The same convolution, with its batch norm."""
+    """conv() followed by batch norm."""
     return nn.Sequential(conv(c_in, c_out, kernel, stride, groups), nn.BatchNorm2d(c_out))
 
 
 def run_stage(
     blocks: Iterable[nn.Module], x: Tensor, activate: Callable[..., Tensor] = F.relu
 ) -> tuple[Tensor, Tensor]:
-    """Run blocks that stop before their last ReLU; returns the stage's activated output and its pre-activation."""
+    """Run a stage whose blocks stop before their last ReLU; returns its output and its pre-activation."""
     *inner, last = blocks
     for block in inner:
-        x = activate(block(x), inplace=True)  # between blocks nobody else reads the sum
+        x = activate(block(x), inplace=True)  # safe: nothing else reads the sum between blocks
     pre = last(x)
     return activate(pre), pre
 
 
 def global_pool(x: Tensor) -> Tensor:
-    """Average over all positions, whatever their number."""
+    """Global average pooling, for any image size."""
     return x.mean((2, 3))  # (B, C, H, W) -> (B, C)
 
 
 def channel_shuffle(x: Tensor, groups: int) -> Tensor:
-    """Deal the channels of the groups out in turn: a1 a2 .. b1 b2 .. becomes a1 b1 a2 b2 .. ."""
+    """Interleave the channels of the groups: a1 a2 .. b1 b2 .. becomes a1 b1 a2 b2 .."""
     if x.is_contiguous(memory_format=torch.channels_last):
-        # (B, H, W, C): regrouping the NCHW view would end in NCHW, and every convolution after it convert back
+        # regroup (B, H, W, C): unflattening dim 1 would copy to NCHW, and the next convolution would convert back
         grouped = x.permute(0, 2, 3, 1).unflatten(3, (groups, -1))
         return grouped.transpose(3, 4).flatten(3).permute(0, 3, 1, 2)
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def init_convs(model: nn.Module) -> None:
-    """Normal convolution weights of variance 2 / (k * k * c_out), zero biases."""
+    """He initialisation (fan out) of the convolutions: variance 2 / (k * k * c_out), zero biases."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -62,20 +62,19 @@ def init_convs(model: nn.Module) -> None:
 
 
 def init_linear(layer: nn.Linear) -> None:
-    """Small normal weights, zero bias."""
+    """Normal weights with std 0.01, zero bias."""
     nn.init.normal_(layer.weight, 0, 0.01)
     nn.init.zeros_(layer.bias)
 
 
 def head(model: nn.Module) -> nn.Linear:
-    """The linear classifier of a model, under whatever name its checkpoints store it."""
-    return model.get_submodule(_head_name(model))
+    """The linear classifier of a model, whatever its name in the state dict; ModelError if there is none."""
+    return _find_head(model)[1]
 
 
 def replace_head(model: nn.Module, n_cls: int) -> nn.Linear:
-    """Put a fresh linear classifier for n_cls classes in the old one's place, and return it."""
-    name = _head_name(model)
-    old = model.get_submodule(name)
+    """Replace the linear classifier by a freshly initialised one for n_cls classes, and return it."""
+    name, old = _find_head(model)
     new = nn.Linear(old.in_features, n_cls, device=old.weight.device, dtype=old.weight.dtype)
     init_linear(new)
     parent, _, leaf = name.rpartition(".")
@@ -83,19 +82,19 @@ def replace_head(model: nn.Module, n_cls: int) -> nn.Linear:
     return new
 
 
-def _head_name(model: nn.Module) -> str:
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not names:
+def _find_head(model: nn.Module) -> tuple[str, nn.Linear]:
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not layers:
         raise ModelError(f"{type(model).__name__} has no linear layer that could be its classifier")
-    return names[-1]
+    return layers[-1]
 
 
 @torch.no_grad()
 def feature_shapes(model: nn.Module, image_size: int = 32) -> list[tuple[int, ...]]:
-    """Shapes of the feature list for a batch of two square images, batch dimension included."""
+    """Shapes of the feature list for two square images, batch dimension included; the model is left as it was."""
     weight = next(model.parameters())
     x = torch.zeros(2, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
-    modes = [(module, module.training) for module in model.modules()]  # a frozen part may differ from the rest
+    modes = [(module, module.training) for module in model.modules()]  # frozen parts may be in eval mode already
     model.eval()
     try:
         feats, _ = model(x, is_feat=True)

@@ -32,7 +32,7 @@ class VGG(nn.Module):
         return nn.ModuleList([module for pair in pairs for module in pair])
 
     def forward(self, x: Tensor, is_feat: bool = False, preact: bool = False) -> Tensor | tuple[list[Tensor], Tensor]:
-        # the published networks pool after block 3 for images of 64 rows only
+        # as in RepDistiller, only images 64 pixels high are pooled after block 3
         pool3 = self.pool3 if x.shape[2] == 64 else nn.Identity()
         x = F.relu(self.block0(x), inplace=True)
         feats = [x]
@@ -49,4 +49,4 @@ def _block(c_in: int, c_out: int, n_convs: int) -> nn.Sequential:
     layers = []
     for i in range(n_convs):
         layers += [nn.Conv2d(c_in if i == 0 else c_out, c_out, 3, padding=1), nn.BatchNorm2d(c_out), nn.ReLU(True)]
-    return nn.Sequential(*layers[:-1])  # the last ReLU is the network's: what precedes it is a feature
+    return nn.Sequential(*layers[:-1])  # the network applies the last ReLU, as the pre-activation is a feature

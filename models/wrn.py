@@ -5,7 +5,7 @@ from models.util import conv, global_pool, init_convs
 
 
 class BasicBlock(nn.Module):
-    """Pre-activation block; its caller applies bn1, since that output may also be a feature of the network."""
+    """Pre-activation block. Its caller applies bn1, whose output may also be a feature of the network."""
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
@@ -22,7 +22,7 @@ class BasicBlock(nn.Module):
 
 
 class NetworkBlock(nn.Module):
-    """A group of blocks of one width."""
+    """A stage of blocks of equal width."""
 
     def __init__(self, c_in: int, c_out: int, n_blocks: int, stride: int):
         super().__init__()
@@ -42,7 +42,7 @@ class WideResNet(nn.Module):
 
     def __init__(self, depth: int, widen: int, num_classes: int = 100):
         super().__init__()
-        n_blocks = (depth - 4) // 6  # three groups, two convolutions a block
+        n_blocks = (depth - 4) // 6  # three stages, two convolutions per block
         self.conv1 = conv(3, 16, 3)
         self.block1 = NetworkBlock(16, 16 * widen, n_blocks, stride=1)
         self.block2 = NetworkBlock(16 * widen, 32 * widen, n_blocks, stride=2)
@@ -60,9 +60,9 @@ class WideResNet(nn.Module):
         feats = [x]
         pre = self.block1.layer[0].bn1(x)
         next_bn = (self.block2.layer[0].bn1, self.block3.layer[0].bn1, self.bn1)
-        for group, bn in zip((self.block1, self.block2, self.block3), next_bn, strict=True):
-            x = group(x, F.relu(pre))
-            pre = bn(x)  # once: a second call would update the running statistics twice a step
+        for block, bn in zip((self.block1, self.block2, self.block3), next_bn, strict=True):
+            x = block(x, F.relu(pre))
+            pre = bn(x)  # called once: a second call would update its running statistics twice per step
             feats.append(pre if preact else x)
         feats.append(global_pool(F.relu(pre)))
         logit = self.fc(feats[-1])

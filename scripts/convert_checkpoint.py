@@ -1,11 +1,12 @@
-"""Convert a checkpoint of ours into RepDistiller's layout, or a foreign one into ours.
+"""Convert a checkpoint of ours to RepDistiller's layout, or one of another program to ours.
 
     python scripts/convert_checkpoint.py save/models/.../resnet20_last.pth teachers
         writes teachers/resnet20_vanilla/ckpt_epoch_240.pth, which RepDistiller's --path_t takes
     python scripts/convert_checkpoint.py save/models/resnet56_vanilla/ckpt_epoch_240.pth resnet56.pth --dataset cifar100
-        writes a checkpoint that says what it is of, wherever it lies
+        writes a checkpoint that names its network and data set, so that it can lie in any folder
 
-Weights are kept bit for bit, epoch and accuracy as numbers; an optimizer's state and options are left out.
+Weights are kept bit for bit, epoch and accuracy as numbers. The optimizer's state and the options are left out.
+docs/foreign_files.md lists the layouts that are read.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import dataset_dict
@@ -29,30 +28,22 @@ OURS, FOREIGN = "distillers", "repdistiller"
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("source", type=Path, metavar="IN", help="a checkpoint of ours, of RepDistiller or mdistiller, or a state dict")
-    add("target", type=Path, metavar="OUT", help="a file *.pth, or a folder for <network>_vanilla/ckpt_epoch_N.pth")
+    add("source", type=Path, metavar="IN", help="a checkpoint of ours or of another program")
+    add("target", type=Path, metavar="OUT", help="a file, or (no suffix) a folder for NETWORK_vanilla/ckpt_epoch_N.pth")
     add("--to", choices=(FOREIGN, OURS), help="the layout of OUT (the one that IN does not have)")
-    add("--model", **named("network", model_dict), help="the network (read from the file, or from its folder's name)")
-    add("--dataset", **named("data set", dataset_dict), help="of a foreign network, to be noted in OUT")
+    add("--model", **named("network", model_dict), help="the network (the one that the weights fit)")
+    add("--part", help="key or prefix of the weights in IN, such as student, where it holds several networks")
+    add("--dataset", **named("data set", dataset_dict), help="on which another program trained it, to be noted in OUT")
     add("--force", action="store_true", help="overwrite OUT")
     return parser.parse_args(argv)
 
 
-def scalars(about: dict) -> dict[str, float]:
-    """Epoch and accuracy, under the names that both layouts give them."""
-    found = {"epoch": about.get("epoch"), "accuracy": about.get("accuracy", about.get("best_acc"))}
-    found = {key: v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for key, v in found.items()}
-    plain = {key: value for key, value in found.items() if isinstance(value, int | float)}
-    return {key: value for key, value in plain.items() if abs(value) <= checkpoint.MOST}
-
-
 def main(argv: list[str] | None = None) -> None:
     opt = parse(argv)
-    arch, n_cls, _, about = checkpoint.load_network(opt.source, opt.model, flag="--model")
-    state = checkpoint.state_of(opt.source, checkpoint.load(opt.source))  # the network's own is float32 in any case
+    arch, n_cls, state, about = checkpoint.read_network(opt.source, opt.model, "--model", opt.part)
     ours = "n_cls" in about
     layout = opt.to or (FOREIGN if ours else OURS)
-    content = {"model": state, **scalars(about)}
+    content = {"model": state, **{key: about[key] for key in ("epoch", "accuracy") if key in about}}
     if layout == OURS:
         if ours:
             raise RunError(f"{opt.source}: is a checkpoint of ours already")
@@ -61,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         raise RunError("--dataset: RepDistiller's layout has no place for it")
 
     path = opt.target
-    if path.suffix not in (".pth", ".pt"):
+    if not path.suffix or path.is_dir():
         epoch = content.get("epoch")
         path = path / f"{arch}_vanilla" / (f"{arch}_last.pth" if epoch is None else f"ckpt_epoch_{epoch:g}.pth")
     if path.exists() and not opt.force:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Passes the tests, from nothing but Python 3.10 and pip. Arguments go to pytest: sh scripts/test.sh -m "not slow"
+# Runs the tests; needs only Python 3.10 or later with pip. Arguments go to pytest: sh scripts/test.sh -m "not slow"
 set -eu
 cd "$(dirname "$0")/.."
 requirements=requirements-dev.txt

@@ -17,7 +17,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dataset.loader import normalised
+from dataset.loader import normalize
 from distiller_zoo import Distiller, distiller_dict
 from helper.build import fingerprint, loaders
 from scripts import benchmark
@@ -259,13 +259,13 @@ def test_plain_images_are_those_of_torchvision(setting):
     source = setting.source
     moments = source.mean, source.std
     plain = torch.stack([image for image, _, _ in bench_steps.Images(source.test_images, source.test_labels, moments)])
-    ours = normalised(torch.from_numpy(source.test_images), *moments)
+    ours = normalize(torch.from_numpy(source.test_images), *moments)
     assert torch.equal(plain, ours)
     torch.manual_seed(0)
     augmented = bench_steps.Images(source.train_images[:1], source.train_labels[:1], moments, augment=True)
     padded = np.pad(source.train_images[0], ((4, 4), (4, 4), (0, 0)))
     windows = np.stack([padded[y : y + 32, x : x + 32] for y in range(9) for x in range(9)])
-    straight, mirrored = (normalised(torch.from_numpy(w.copy()), *moments) for w in (windows, windows[:, :, ::-1]))
+    straight, mirrored = (normalize(torch.from_numpy(w.copy()), *moments) for w in (windows, windows[:, :, ::-1]))
     images = [augmented[0][0] for _ in range(40)]
     found = [[bool((w == image).flatten(1).all(1).any()) for w in (straight, mirrored)] for image in images]
     assert all(map(any, found)) and 8 < sum(a for a, _ in found) < 32
@@ -312,7 +312,7 @@ def test_an_epoch_is_all_images_once_and_an_evaluation(kind, setting, monkeypatc
         per_epoch[training] += len(images)
     assert per_epoch == {True: 2 * 28, False: 2 * 5} and loop.n_steps == 4
     evaluated = torch.cat([images for training, images in seen if not training])[:5]
-    assert torch.equal(evaluated, normalised(torch.from_numpy(setting.source.test_images), *setting.source[5:7]))
+    assert torch.equal(evaluated, normalize(torch.from_numpy(setting.source.test_images), *setting.source[5:7]))
     steps = [int(value) for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")]
     assert set(steps) == {FIRST + 2 * 4}
 

@@ -1,7 +1,6 @@
 """What holds for every method of the registry: real steps on the published pairs, and what a step may not do."""
 
 import json
-import sys
 import zlib
 
 import numpy as np
@@ -11,15 +10,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_student
-from dataset import DataSource
-from dataset.loader import DeviceLoader
 from distiller_zoo import Distiller, DistillError, distiller_dict
 from distiller_zoo.adapters import Embed
-from helper import checkpoint, pretrain
-from helper.build import Teacher, make_track
-from helper.options import parse_student
-from helper.student import TrainStep
+from helper import checkpoint
+from helper.loops import pretrain
 from models import create_model
+from tests.common import as_teacher, calibrate, call, make_loader, make_opt, make_source, make_student, skip_first_stage
+from train_student import parse
 
 PAIRS = [  # teacher, student, whether their maps have the same channels
     ("wrn_40_2", "wrn_16_2", True),
@@ -44,30 +41,6 @@ STILL = {"icd": {"b"}}  # cancels in every softmax: its gradient is zero but for
 # what else changes in a method: parts of its state by prefix
 STATE = {"crd": ("contrast.",), "rrd": ("queue",)}
 
-PUBLISHED = {
-    "none": {"gamma": 1},
-    "kd": {"gamma": 0.1, "alpha": 0.9, "beta": 0},
-    "hint": {"gamma": 1, "alpha": 0, "beta": 100},
-    "attention": {"gamma": 1, "alpha": 0, "beta": 1000},
-    "similarity": {"gamma": 1, "alpha": 0, "beta": 3000},
-    "correlation": {"gamma": 1, "alpha": 0, "beta": 0.02},
-    "vid": {"gamma": 1, "alpha": 0, "beta": 1},
-    "rkd": {"gamma": 1, "alpha": 0, "beta": 1},
-    "pkt": {"gamma": 1, "alpha": 0, "beta": 30000},
-    "abound": {"gamma": 1, "alpha": 0, "beta": 1},
-    "factor": {"gamma": 1, "alpha": 0, "beta": 200},
-    "fsp": {"gamma": 1, "alpha": 0, "beta": 50},
-    "nst": {"gamma": 1, "alpha": 0, "beta": 50},
-    "kdsvd": {"gamma": 1, "alpha": 0, "beta": 1},
-    "crd": {"gamma": 1, "alpha": 0, "beta": 0.8},
-    "icd": {"gamma": 1, "alpha": 0, "beta": 1},
-    "rrd": {"gamma": 1, "alpha": 0, "beta": 1},
-}
-
-
-def test_published_weights():
-    assert {name: method.weights for name, method in distiller_dict.items()} == PUBLISHED
-
 
 def test_every_method_names_its_paper():
     for name, method in distiller_dict.items():
@@ -77,37 +50,33 @@ def test_every_method_names_its_paper():
 # --- one step of each stage, on every published pair ---
 
 
-def source(n_cls=10):
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (60, 32, 32, 3), np.uint8), np.arange(60) % n_cls
-    names = tuple(map(str, range(n_cls)))
-    return DataSource(images, labels, images[:8], labels[:8], n_cls, (0.5,) * 3, (0.25,) * 3, names)
-
-
 def setting(arch_t, arch_s, out):
-    """-> options, a batch of four, the teacher, make(name) for the track of a method."""
-    flags = ["--path_t", "x", "--model_s", arch_s, "--init_epochs", "1", "--output", str(out)]
-    opt, data = parse_student([*flags, "--distill", "crd", "--nce_k", "16"]), source()
-    loader = DeviceLoader(data.train_images, data.train_labels, 4, mean=data.mean, std=data.std, augment=True)
-    teacher = calibrated(arch_t, data, loader)
-
-    def make(name):
-        return make_track(name, arch_s, out / name, opt, data, torch.device("cpu"), Teacher(arch_t, teacher))
-
-    return opt, next(iter(loader)), teacher, make
+    """-> options, a loader of batches of four, the teacher, make(name) for a student of a method."""
+    opt, data = make_opt("crd", flags=["--model_s", arch_s, "--init_epochs", "1"]), make_source()
+    opt.options["nce_k"] = 16
+    net = calibrate(arch_t, data)
+    teacher = as_teacher(net, arch_t, data)
+    return opt, make_loader(data), teacher, lambda name: make_student(name, opt, data, teacher, out, arch_s)
 
 
-def calibrated(arch, data, loader):
-    """A teacher with the batch-norm statistics of these images: else a deep one's features grow without bound."""
-    torch.manual_seed(0)
-    teacher = create_model(arch, data.n_cls).train().requires_grad_(False)
-    norms = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    teacher(next(iter(loader))[0])
-    for norm in norms:
-        norm.momentum = 0.1
-    return teacher.eval()
+class FirstBatch:
+    """A loader of one batch."""
+
+    def __init__(self, loader):
+        self.set_epoch, self.batch, self._plans = loader.set_epoch, loader.batch, loader.plans
+
+    def __len__(self):
+        return 1
+
+    def plans(self):
+        return iter([next(self._plans())])
+
+
+def step(students, teacher, batch):
+    images, target, index = batch
+    out_t = teacher(images, students)
+    for student in students:
+        student.update(images, target, index, out_t)
 
 
 def bits(module):
@@ -135,26 +104,26 @@ def feature_modules(model):
     return {key for key, t in [*model.named_parameters(), *model.named_buffers()] if id(t) in own}
 
 
-def check_first_stage(track, model_before, method_before):
-    assert not track.failed, f"{track.name}: {track.failed}"
-    moved, own = changed(track.model, model_before), changed(track.distiller, method_before)
-    if track.name in ("abound", "fsp"):
-        assert moved == feature_modules(track.model), track.name
+def check_first_stage(student, model_before, method_before):
+    assert not student.run.failed, f"{student.name}: {student.run.failed}"
+    moved, own = changed(student.model, model_before), changed(student.distiller, method_before)
+    if student.name in ("abound", "fsp"):
+        assert moved == feature_modules(student.model), student.name
     else:
-        assert not moved, track.name
-    if track.name in ("abound", "factor"):
-        assert own == of_parts(track.distiller, FROZEN[track.name]), track.name
+        assert not moved, student.name
+    if student.name in ("abound", "factor"):
+        assert own == of_parts(student.distiller, FROZEN[student.name]), student.name
     else:
-        assert not own, track.name
+        assert not own, student.name
 
 
-def check_main_stage(track, model_before, method_before):
-    name, method, terms = track.name, track.distiller, track.meters.read()
-    assert np.isfinite(list(terms.values())).all() and not track.meters.trouble(), f"{name}: {terms}"
-    assert changed(track.model, model_before) == set(model_before), name
-    assert all(p.grad is not None for p in track.model.parameters()), name
-    tracked = {int(b) for key, b in track.model.named_buffers() if key.endswith("num_batches_tracked")}
-    assert len(tracked) == 1 or name in ("abound", "fsp"), name  # those have run some parts in their first stage
+def check_main_stage(student, model_before, method_before):
+    name, method, terms = student.name, student.distiller, student.meters.read()
+    assert np.isfinite(list(terms.values())).all() and not student.meters.nonfinite(), f"{name}: {terms}"
+    assert changed(student.model, model_before) == set(model_before), name
+    assert all(p.grad is not None for p in student.model.parameters()), name
+    counts = {int(b) for key, b in student.model.named_buffers() if key.endswith("num_batches_tracked")}
+    assert len(counts) == 1 or name in ("abound", "fsp"), name  # those have run some parts in their first stage
 
     frozen = of_parts(method, FROZEN.get(name, ("-",)))
     moved, state = changed(method, method_before), of_parts(method, STATE.get(name, ("-",)))
@@ -165,7 +134,7 @@ def check_main_stage(track, model_before, method_before):
     for key, part in method.named_children():
         assert not names(part) or part.training == (key not in FROZEN.get(name, ())), f"{name}: mode of {key}"
     assert not state or moved & state, f"{name}: its memory does not change"
-    assert (terms["kd"] != 0) == track.own_term, name
+    assert (terms["kd"] != 0) == student.has_term, name
     assert (terms["div"] != 0) == (name == "kd"), name
 
 
@@ -175,36 +144,36 @@ def check_main_stage(track, model_before, method_before):
 )
 def test_a_step_of_every_method(arch_t, arch_s, same_channels, tmp_path):
     """All methods side by side against one teacher: what trains, what stays, and the teacher bit for bit."""
-    opt, batch, teacher, make = setting(arch_t, arch_s, tmp_path)
-    tracks = []
+    opt, loader, teacher, make = setting(arch_t, arch_s, tmp_path)
+    students = []
     for name in distiller_dict:
         if name in SAME_CHANNELS and not same_channels:
             with pytest.raises(DistillError, match=f"method {name}.*channels"):
                 make(name)
         else:
-            tracks.append(make(name))
-    of_teacher, step = bits(teacher), TrainStep(tracks, teacher, opt.kd_T)
+            students.append(make(name))
+    of_teacher = bits(teacher.model)
 
-    before = {track: (bits(track.model), bits(track.distiller)) for track in tracks}
-    for track in tracks:
-        if track.name in FIRST_STAGE:
-            track.run.open(0)
-    pretrain.init(step, [batch], opt)
-    for track in tracks:
-        check_first_stage(track, *before[track])
-        track.model.zero_grad()
-        track.distiller.zero_grad()
+    before = {student: (bits(student.model), bits(student.distiller)) for student in students}
+    for student in students:
+        if student.name in FIRST_STAGE:
+            student.run.open()
+    pretrain(students, teacher, FirstBatch(loader), opt)
+    for student in students:
+        check_first_stage(student, *before[student])
+        student.model.zero_grad()
+        student.distiller.zero_grad()
 
-    before = {track: (bits(track.model), bits(track.distiller)) for track in tracks}
-    for track in tracks:
-        track.start(opt)
-        track.train()
-    step(*batch)
-    for track in tracks:
-        check_main_stage(track, *before[track])
+    before = {student: (bits(student.model), bits(student.distiller)) for student in students}
+    for student in students:
+        student.begin_epoch(1)
+    step(students, teacher, next(iter(loader)))
+    for student in students:
+        check_main_stage(student, *before[student])
 
-    assert not changed(teacher, of_teacher)
-    assert not any(m.training for m in teacher.modules()) and all(p.grad is None for p in teacher.parameters())
+    net = teacher.model
+    assert not changed(net, of_teacher)
+    assert not any(m.training for m in net.modules()) and all(p.grad is None for p in net.parameters())
 
 
 # --- a step never waits for the device ---
@@ -258,27 +227,19 @@ def refused(name):
 
 @pytest.mark.parametrize("name", list(distiller_dict))
 def test_no_step_waits_for_the_device(name, tmp_path):
-    opt, batch, teacher, make = setting("resnet14", "resnet8", tmp_path)
-    track, allowed = make(name), WAITS_FOR.get(name, set())
-    modules = track.distiller.init_modules(track.model)
-    assert bool(modules) == (name in FIRST_STAGE)
-    if modules:
-        first = TrainStep([pretrain.InitTrack(track, modules, opt)], teacher)
-        first.live[0].train()
-        with NoWait() as mode:
-            first(*batch)
-        assert {"convolution", "convolution_backward", "_fused_sgd_"} <= mode.seen
-        assert first.live[0].meters.read()["loss"] > 0
-        track.distiller.freeze(modules)
-    track.start(opt)
-    track.train()
-    step = TrainStep([track], teacher, opt.kd_T)
-    for _ in range(2):  # the first step makes momenta, constants and generators
-        with NoWait(allowed) as mode:
-            step(*batch)
-        assert allowed <= mode.seen
-        assert {"convolution", "convolution_backward", "_fused_sgd_"} <= mode.seen  # forward, backward, update
-    assert track.meters.read()["loss"] > 0
+    opt, loader, teacher, make = setting("resnet14", "resnet8", tmp_path)
+    student, allowed, batch = make(name), WAITS_FOR.get(name, set()), next(iter(loader))
+    assert student.in_init == (name in FIRST_STAGE)
+    stages = [set(), allowed] if student.in_init else [allowed]
+    for stage in stages:
+        student.begin_epoch(1)
+        for _ in range(2):  # the first step makes momenta, constants and generators
+            with NoWait(stage) as mode:
+                step([student], teacher, batch)
+            assert stage <= mode.seen
+            assert {"convolution", "convolution_backward", "_fused_sgd_"} <= mode.seen  # forward, backward, update
+        assert student.meters.read()["loss"] > 0
+        skip_first_stage(student, opt)
 
 
 class Waiting(Distiller):
@@ -332,11 +293,11 @@ def test_a_method_that_waits_is_caught(what, where, tmp_path, monkeypatch):
     monkeypatch.setitem(distiller_dict, "waiting", Waiting)
     monkeypatch.setattr(Waiting, "where", where)
     monkeypatch.setattr(Waiting, "what", staticmethod(WAITS[what]))
-    opt, batch, teacher, make = setting("resnet8", "resnet8", tmp_path)
-    track = make("waiting")
-    track.start(opt)
+    _, loader, teacher, make = setting("resnet8", "resnet8", tmp_path)
+    student, batch = make("waiting"), next(iter(loader))
+    student.begin_epoch(1)
     with pytest.raises(Waited), NoWait():
-        TrainStep([track], teacher)(*batch)
+        step([student], teacher, batch)
 
 
 # --- a method added at run time ---
@@ -370,20 +331,20 @@ def mean(monkeypatch):
 
 
 def test_a_new_method_has_its_flags(mean, capsys):
-    opt = parse_student(["--path_t", "x", "--distill", "Mean", "kd", "--width", "5"])
+    opt = parse(["--path_t", "x", "--distill", "Mean", "kd", "--width", "5"])
     assert opt.distill == ["mean", "kd"] and opt.options == {"width": 5} and type(opt.options["width"]) is int
-    assert parse_student(["--path_t", "x", "--distill", "mean", "--sharpness", "2"]).options == {"sharpness": 2.0}
+    assert parse(["--path_t", "x", "--distill", "mean", "--sharpness", "2"]).options == {"sharpness": 2.0}
     for flags, *said in (
         (["--distill", "kd", "--width", "5"], "--width: ", "kd", "mean"),
         (["--distill", "mean", "--width", "5.5"], "--width: ", "'5.5' is not an integer"),
         (["--distill", "mean", "--nce_k", "5"], "--nce_k: ", "mean", "crd"),
     ):
         with pytest.raises(SystemExit):
-            parse_student(["--path_t", "x", *flags])
+            parse(["--path_t", "x", *flags])
         err = capsys.readouterr().err
         assert all(word in err for word in said) and err.count("\n") == 1
     with pytest.raises(SystemExit):
-        parse_student(["--help"])
+        parse(["--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert "--width WIDTH of the space in which the means are compared (mean 7)" in out
 
@@ -395,12 +356,12 @@ def test_an_option_may_not_be_named_like_a_flag(monkeypatch):
 
     monkeypatch.setitem(distiller_dict, "clash", Clash)
     with pytest.raises(DistillError, match="method clash: its option trial is a flag of the script's own"):
-        parse_student(["--path_t", "x"])
+        parse(["--path_t", "x"])
 
 
 def test_without_it_there_is_no_flag(capsys):
     with pytest.raises(SystemExit):
-        parse_student(["--path_t", "x", "--distill", "kd", "--width", "5"])
+        parse(["--path_t", "x", "--distill", "kd", "--width", "5"])
     assert "unrecognized arguments: --width 5" in capsys.readouterr().err
 
 
@@ -411,9 +372,8 @@ def test_a_new_method_trains_through_the_script(mean, image_folder, tmp_path, mo
     torch.save(create_model("resnet8", 3).state_dict(), path_t)
     args = ["--dataset", "folder", "--data_folder", image_folder, "--path_t", path_t, "--output", tmp_path / "out"]
     args += ["--distill", "none", "mean", "--width", "5", "--epochs", "1", "--batch_size", "16", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["train_student.py", *map(str, args)])
-    assert train_student.main() == 0
-    assert "mean: last " in capsys.readouterr().out
+    code, out, _ = call(train_student, args, monkeypatch, capsys)
+    assert code == 0 and "mean: last " in out
     found = {json.loads(path.read_text())["method"]: path.parent for path in (tmp_path / "out").rglob("config.json")}
     config = json.loads((found["mean"] / "config.json").read_text())
     assert config["options"] == {"width": 5} and config["weights"] == {"gamma": 1.0, "alpha": 0.0, "beta": 3.0}

@@ -1,4 +1,4 @@
-"""Whole training steps against the golden records: the real TrainStep and first stage, in float64."""
+"""Whole training steps against the golden records: real steps and first stages, in float64."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from distiller_zoo import create_distiller, distiller_dict
-from helper import pretrain
-from helper.options import parse_student, weights_of
+from helper.loops import pretrain
+from helper.options import plain, weights_of
 from helper.run import Run
-from helper.student import Track, TrainStep
+from helper.student import Student
 from models import create_model
 from models.util import feature_shapes
+from tests.common import as_teacher, make_source
 from tests.golden import recipe
+from train_student import parse
 
 GOLDEN = torch.load(Path(__file__).parent / "golden" / "golden_losses.pt", weights_only=True)["train_step"]
 EXTRAS = ("regress", "connector", "embed_s", "embed_t", "maps", "translator", "paraphraser")
@@ -25,7 +27,13 @@ class Batches(list):
     """A loader of fixed batches."""
 
     def set_epoch(self, epoch, step=0):
-        self.epoch = epoch
+        pass
+
+    def plans(self):
+        return iter(self)
+
+    def batch(self, plan):
+        return plan
 
 
 def close(got, want, rtol):
@@ -52,7 +60,7 @@ def statistics(model, leaf):
 
 def make(name, folder):
     record = GOLDEN[name]
-    opt = parse_student(["--path_t", "x", "--distill", name, "-a", str(record["alpha"]), "--init_epochs", "2"])
+    opt = parse(["--path_t", "x", "--distill", name, "-a", str(record["alpha"]), "--init_epochs", "2"])
     student, teacher = network(record["student"]), network(record["teacher"]).eval().requires_grad_(False)
     s_shapes, t_shapes = feature_shapes(student.float()), feature_shapes(teacher.float())
     student.double(), teacher.double()
@@ -66,8 +74,10 @@ def make(name, folder):
             value.copy_(recipe.fill_value(inner, value.shape))
     weights = weights_of(name, opt)
     assert weights == {key: record[key] for key in ("gamma", "alpha", "beta")}
-    track = Track(name, student, method, weights, Run(folder, record["student"], {}))
-    return opt, track, teacher, record
+    run = Run(folder, record["student"], {"opt": plain(opt)})
+    student = Student(name, student, method, weights, run, opt.kd_T)
+    student.start(opt)
+    return opt, student, as_teacher(teacher, record["teacher"], make_source(n_cls=100, n=100)), record
 
 
 METHODS = [name for name in GOLDEN if name in distiller_dict]
@@ -79,43 +89,39 @@ def test_there_are_records():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_steps(name, tmp_path, monkeypatch):
-    opt, track, teacher, record = make(name, tmp_path)
-    track.run.open()
-    if "contrast.memory_v1" in track.distiller.state_dict():
+    opt, student, teacher, record = make(name, tmp_path)
+    student.run.open()
+    if "contrast.memory_v1" in student.distiller.state_dict():
         for which in ("memory_v1", "memory_v2"):
-            getattr(track.distiller.contrast, which).copy_(recipe.step_memory(which))
-    step = TrainStep([track], teacher, opt.kd_T)
-
+            getattr(student.distiller.contrast, which).copy_(recipe.step_memory(which))
     if record["logged"]:
-        pretrain.init(step, batches("init", 2)[0], opt)
+        pretrain([student], teacher, batches("init", 2)[0], opt)
         written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         close([line["init_train_loss"] for line in written], [value for _, value, _ in record["logged"]], 1e-6)
-        close(abs_sum(track.model.parameters()), record["after_init"]["student_param_abs_sum"], 1e-10)
-        close(statistics(track.model, "running_mean"), record["after_init"]["student_running_mean_abs_sum"], 1e-10)
+        close(abs_sum(student.model.parameters()), record["after_init"]["student_param_abs_sum"], 1e-10)
+        close(statistics(student.model, "running_mean"), record["after_init"]["student_running_mean_abs_sum"], 1e-10)
 
     rtol = RTOL.get(name, 1e-9)
-    track.start(opt)
-    assert sum(len(g["params"]) for g in track.optimizer.param_groups) == record["optimizer_param_tensors"]
+    assert sum(len(g["params"]) for g in student.optimizer.param_groups) == record["optimizer_param_tensors"]
     loader, drawn = batches("step", 3)
     for batch, contrast_idx, want in zip(loader, drawn, record["steps"], strict=True):
-        if hasattr(track.distiller, "contrast"):
-            monkeypatch.setattr(track.distiller.contrast, "draw", lambda index, idx=contrast_idx: idx)
-        track.train()
-        track.meters.reset()
-        step(*batch)
-        means = track.meters.read()
+        if hasattr(student.distiller, "contrast"):
+            monkeypatch.setattr(student.distiller.contrast, "draw", lambda index, idx=contrast_idx: idx)
+        student.begin_epoch(1)
+        student.update(*batch, teacher(batch[0], [student]))
+        means = student.meters.read()
         terms = [want[key] for key in ("total", "cls", "div", "kd")]
         close([means[key] for key in ("loss", "cls", "div", "kd")], terms, rtol)
 
-    close(abs_sum(track.model.parameters()), record["student_param_abs_sum"], rtol)
-    close(statistics(track.model, "running_mean"), record["student_running_mean_abs_sum"], rtol)
-    close(statistics(track.model, "running_var"), record["student_running_var_abs_sum"], rtol)
-    close(track.model.conv1.weight.flatten()[:8], record["conv1_weight_first8"], 10 * rtol)
-    close(track.model.fc.weight.flatten()[:8], record["fc_weight_first8"], 10 * rtol)
-    tracked = {int(b) for key, b in track.model.named_buffers() if key.endswith("num_batches_tracked")}
+    close(abs_sum(student.model.parameters()), record["student_param_abs_sum"], rtol)
+    close(statistics(student.model, "running_mean"), record["student_running_mean_abs_sum"], rtol)
+    close(statistics(student.model, "running_var"), record["student_running_var_abs_sum"], rtol)
+    close(student.model.conv1.weight.flatten()[:8], record["conv1_weight_first8"], 10 * rtol)
+    close(student.model.fc.weight.flatten()[:8], record["fc_weight_first8"], 10 * rtol)
+    tracked = {int(b) for key, b in student.model.named_buffers() if key.endswith("num_batches_tracked")}
     assert sorted(tracked) == record["student_num_batches_tracked"]
     own = {"vid": "maps"}
     for extra, want in record["extras_param_abs_sum"].items():
         if extra != "params":  # of icd, checked through the losses
-            module = getattr(track.distiller, own.get(extra, extra))
+            module = getattr(student.distiller, own.get(extra, extra))
             close(abs_sum(module.parameters()) if want else 0.0, want, rtol)

@@ -13,13 +13,13 @@ import transfer_student
 from dataset import load_dataset
 from dataset.loader import DeviceLoader
 from helper import checkpoint
-from helper.build import loaders
-from helper.options import parse_transfer
-from helper.probe import FeatureLoader, Probe, plan_of, view_of
+from helper.build import make_loaders
+from helper.probe import FeatureLoader, Probe, number_views, plan_views
 from helper.run import Run
 from models import create_model, model_dict
 from models.util import head
-from tests.test_scripts import call
+from tests.common import call
+from transfer_student import parse
 
 
 @pytest.mark.parametrize("arch", model_dict)
@@ -47,10 +47,10 @@ def test_only_the_head_of_any_network_trains(arch):
 
 def test_views_are_numbered_one_to_one():
     every = torch.cartesian_prod(torch.arange(3), torch.arange(9), torch.arange(9), torch.arange(2)).T
-    views = view_of(every)
+    views = number_views(every)
     assert torch.equal(views, torch.arange(3 * 162))
-    assert torch.equal(plan_of(views, 4), every)
-    assert torch.equal(plan_of(view_of(every[:1]), 1), every[:1])
+    assert torch.equal(plan_views(views, 4), every)
+    assert torch.equal(plan_views(number_views(every[:1]), 1), every[:1])
 
 
 @pytest.mark.parametrize("flip", [True, False])
@@ -63,7 +63,7 @@ def test_features_are_those_of_the_images(flip):
     for augment, epochs in ((True, [2, 3]), (False, [1])):
         loader = DeviceLoader(images, labels, 6, augment=augment, flip=flip, seed=4, **same)
         kept = FeatureLoader(loader, probe, epochs).fill()
-        assert len(kept) == 4 and kept.size(64) == kept.bank.numel() * 4
+        assert len(kept) == 4 and kept.nbytes() == kept.bank.numel() * 4
         for epoch in epochs:
             loader.set_epoch(epoch)
             want = list(loader)
@@ -123,7 +123,7 @@ def test_a_frozen_student_learns_another_data_set(path_s, tmp_path, monkeypatch,
         assert key.startswith("fc.") or torch.equal(value, before[key]), key
     source = load_dataset("digits", tmp_path, 32)
     with torch.no_grad():  # the checkpoint alone gives the accuracy that was told
-        _, test = loaders(source, parse_transfer([*map(str, args)]), torch.device("cpu"))
+        _, test, _ = make_loaders(source, parse([*map(str, args)]), torch.device("cpu"))
         hits = sum(int((net(images).argmax(1) == target).sum()) for images, target, _ in test)
     assert lines[-1]["test_acc"] == pytest.approx(100 * hits / 797, abs=1e-4)
 
@@ -156,9 +156,9 @@ def test_it_goes_on_after_a_cut(path_s, tmp_path, monkeypatch, capsys):
             raise Cut
         whole(self, values)
 
-    whole = Run.line
+    whole = Run.write_line
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "line", cut)
+        patch.setattr(Run, "write_line", cut)
         with pytest.raises(Cut):
             call(transfer_student, [*args, tmp_path / "cut"], patch, capsys)
     code, out, _ = call(transfer_student, [*args, tmp_path / "cut"], monkeypatch, capsys)
@@ -192,11 +192,11 @@ def test_a_distilled_student_is_probed(image_folder, tmp_path, monkeypatch, caps
 
 
 def test_the_protocol():
-    opt = parse_transfer(["--path_s", "x"])
+    opt = parse(["--path_s", "x"])
     assert (opt.epochs, opt.learning_rate, opt.lr_decay_epochs) == (100, 0.05, [30, 60, 90])
     assert (opt.weight_decay, opt.momentum, opt.batch_size, opt.save_freq) == (0, 0.9, 64, 50)
     assert (opt.dataset, opt.image_size, opt.trial, opt.seed, opt.model_s) == ("stl10", 32, "0", 0, None)
-    assert parse_transfer(["--path_s", "x", "--model_s", "ShuffleV1"]).learning_rate == 0.05
+    assert parse(["--path_s", "x", "--model_s", "ShuffleV1"]).learning_rate == 0.05
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset import DataSource
 from dataset.cifar import CIFAR100_MOMENTS
-from dataset.loader import PAD, normalised
+from dataset.loader import PAD, normalize
 from dataset.torchvision_import import torchvision
 from distiller_zoo import ALONE, Distiller, distiller_dict, kd_loss
 from helper.build import DTYPES, Teacher, layout_of, loaders, student_tracks, train_step
@@ -296,7 +296,7 @@ def random_teacher(arch: str, source: DataSource, device: torch.device) -> Teach
     for norm in norms:
         norm.momentum = 1.0
     images = torch.from_numpy(source.train_images[:64]).to(device)
-    teacher.model.train()(normalised(images, source.mean, source.std))
+    teacher.model.train()(normalize(images, source.mean, source.std))
     teacher.model.eval()
     return teacher
 

@@ -24,6 +24,7 @@ import transfer_student
 from distiller_zoo import distiller_dict
 from helper import checkpoint
 from helper.interrupt import EXIT
+from helper.util import cli_errors
 from models import create_model
 
 SOAK = int(os.environ.get("DISTILLERS_SOAK", "1"))
@@ -64,7 +65,7 @@ def begin(script, args, out):
         os.dup2(os.open(out.parent / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         sys.argv = [f"{script.__name__}.py", *map(str, args), "--output", str(out)]
-        code = script.main()
+        code = cli_errors(script.main)
     except BaseException:
         traceback.print_exc()
     finally:
