@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tarfile
 import threading
-from contextlib import closing, suppress
+from contextlib import suppress
 from hashlib import md5, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
-from helper.run import lock
 from helper.util import cli_errors
 from models import create_model
 from scripts import fetch_teachers
@@ -147,7 +147,7 @@ def test_from_the_archive(server, teachers, fetch, models):
         assert (models / PLACE.format(name)).read_bytes() == teachers[name]
         assert recorded[PLACE.format(name)] == sha256(teachers[name]).hexdigest()
     assert fetch(*NAMES)[0] == 0 and server.asked == []
-    with closing(lock(models)):  # another call is at work
+    with FileLock(models / ".lock"):  # another call is at work
         assert_refused(fetch(*NAMES), models)
 
 
