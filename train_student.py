@@ -30,6 +30,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model_s", **model, default="resnet8", help="the student's network, see below (resnet8)")
     add("--path_t", free=True, type=Path, metavar="FILE", help="the teacher's checkpoint, ours or a published one")
     add("--model_t", free=True, **model, help="the teacher's network (read from the checkpoint or its folder's name)")
+    add("--part_t", free=True, metavar="KEY", help="which network of a checkpoint that holds several")
     add("--distill", free=True, type=method, nargs="+", default=["kd"], metavar="METHOD", help=f"{methods} (kd)")
     add("--trial", type=trial, default="1", help="number or name of the run (1)")
     add("--init_epochs", type=number(int, 1), default=30, help="epochs of a method's first stage (30)")

@@ -22,6 +22,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add
     add("--path_s", free=True, type=Path, metavar="FILE", required=True, help="the student's checkpoint")
     add("--model_s", free=True, **named("network", model_dict), help="its network (read from the checkpoint)")
+    add("--part_s", free=True, metavar="KEY", help="which network of a checkpoint that holds several")
     add("-t", "--trial", type=trial, default="0", help="number or name of the run (0)")
     add("--cache_features", free=True, action=on_off, help="compute features once (if they fit half the free memory)")
     parser.fix(precision="fp32", compile=False, graph=False, channels_last=True)
@@ -31,7 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> list[Result]:
     opt = parse(argv)
     device = set_up(opt)
-    arch, _, network, _ = load_network(opt.path_s, opt.model_s, flag="--model_s")  # before any data is fetched
+    arch, _, network, _ = load_network(opt.path_s, opt.model_s, "--model_s", opt.part_s)
     source = load_source(opt)
     train_loader, test_loader, val_loader = make_loaders(source, opt, device)
     origin = re.sub(r"[^\w.+-]", "_", opt.path_s.absolute().parent.name)  # not every system takes RepDistiller's ':'

@@ -48,7 +48,7 @@ def load_teacher(opt: argparse.Namespace) -> Teacher:
     """The frozen network of --path_t, on the CPU; no teacher without it."""
     if opt.path_t is None:
         return Teacher()
-    arch, n_cls, model, about = load_network(opt.path_t, opt.model_t)
+    arch, n_cls, model, about = load_network(opt.path_t, opt.model_t, part=opt.part_t)
     return Teacher(arch, model.requires_grad_(False), n_cls, checksum(model), about, opt.path_t)
 
 

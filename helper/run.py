@@ -57,7 +57,7 @@ class Run:
             holder = f"process {parts[-1]['pid']} on {parts[-1]['host']}" if "pid" in parts[-1] else "another process"
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise RunError(f"{path}: damaged ({error}): choose another --trial or --output") from error
-        self.acquire(holder)  # before the state is read
+        self.lock = lock(self.folder, holder)  # before the state is read
         now = self.identity(json.loads(json.dumps(self.config)))
         # what an older version did not write is not compared
         differ = [
@@ -76,22 +76,13 @@ class Run:
         for name in PROGRESS:
             setattr(self, name, type(getattr(self, name))(state[name]))
 
-    def acquire(self, holder: str = "another process") -> None:
-        """Lock the folder until the process ends."""
-        self.lock = FileLock(self.folder / ".lock", timeout=0)
-        try:
-            self.lock.acquire()
-        except Timeout:
-            raise RunError(f"{self.folder} is in use by {holder}") from None
-
     def open(self) -> None:
         """Make the folder, or take it up again where the run was interrupted; nothing if the run is complete."""
         if self.epoch >= self.config["opt"]["epochs"]:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.lock is None:
-                self.acquire()
+            self.lock = self.lock or lock(self.folder)
             part = {"from_epoch": self.epoch + 1, **self.part, "pid": os.getpid(), "host": socket.gethostname()}
             config = {**self.config, "parts": [*self.parts, part]}
             checkpoint.write(self.folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
@@ -165,3 +156,13 @@ class Run:
     def sha256(self) -> str:
         """Digest of everything that the run's numbers depend on."""
         return hashlib.sha256(json.dumps(self.identity(self.config), sort_keys=True).encode()).hexdigest()
+
+
+def lock(folder: Path, holder: str = "another process") -> FileLock:
+    """Lock a folder until release(), or until the process ends. Raises RunError if it is in use."""
+    held = FileLock(folder / ".lock", timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise RunError(f"{folder} is in use by {holder}") from None
+    return held

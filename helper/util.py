@@ -29,7 +29,7 @@ def cli_errors(main: Callable[[], object]) -> int:
 
     def say(what: object) -> None:
         line = "".join(c if c.isprintable() else " " for c in str(what))  # text of a damaged file may be in it
-        print(f"{Path(sys.argv[0]).name}: {line:.1000}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {line:.5000}", file=sys.stderr)
 
     try:
         try:

@@ -19,15 +19,15 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import torch
-from filelock import FileLock
 from tqdm import tqdm
 
 from dataset import dataset_dict, load_dataset
 from dataset.loader import DeviceLoader, large_batch
 from helper import checkpoint
-from helper.build import Teacher
 from helper.loops import validate
 from helper.options import Parser
+from helper.run import lock
+from helper.student import Teacher
 from helper.util import RunError, choose_device, cli_errors
 
 ARCHIVE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     device, folder = choose_device(opt.device), opt.output / "models"
     places = {name: folder / FILE.format(name) for name in opt.names or PUBLISHED}
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock", timeout=0):  # two downloads to one file would damage it
+    with lock(folder):  # two downloads to one file would damage it
         record = folder / "teachers.lock"
         lines = [line.split() for line in record.read_text(errors="replace").splitlines()] if record.is_file() else []
         if any(len(line) != 2 or len(line[0]) != 64 for line in lines):

@@ -8,15 +8,17 @@ import pytest
 
 import distiller_zoo
 import train_student
+import train_teacher
+import transfer_student
 from distiller_zoo import aliases, distiller_dict
-from helper.options import parse_student, parse_teacher, parse_transfer, weights_of
+from helper.options import weights_of
 from scripts import benchmark, convert_checkpoint, plot_corr, plot_curves, plot_tsne, report
 
 ROOT = Path(__file__).resolve().parent.parent
 PARSERS = {
-    "train_teacher.py": parse_teacher,
-    "train_student.py": parse_student,
-    "transfer_student.py": parse_transfer,
+    "train_teacher.py": train_teacher.parse,
+    "train_student.py": train_student.parse,
+    "transfer_student.py": transfer_student.parse,
     "scripts/benchmark.py": benchmark.parse,
     "scripts/convert_checkpoint.py": convert_checkpoint.parse,
     "scripts/plot_corr.py": plot_corr.parse,

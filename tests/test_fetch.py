@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 
+from helper.run import lock
 from helper.util import cli_errors
 from models import create_model
 from scripts import fetch_teachers
@@ -147,8 +147,9 @@ def test_from_the_archive(server, teachers, fetch, models):
         assert (models / PLACE.format(name)).read_bytes() == teachers[name]
         assert recorded[PLACE.format(name)] == sha256(teachers[name]).hexdigest()
     assert fetch(*NAMES)[0] == 0 and server.asked == []
-    with FileLock(models / ".lock"):  # another call is at work
-        assert_refused(fetch(*NAMES), models)
+    held = lock(models)  # another call is at work
+    assert_refused(fetch(*NAMES), models)
+    held.release()
 
 
 @pytest.mark.parametrize(
