@@ -107,7 +107,7 @@ def fetch(names: list[str], folder: Path, recorded: dict[str, str], opt: argpars
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"{' '.join(PUBLISHED)} (all of them)")
     add("--output", type=Path, default=Path("save"), help="folder of all results (./save)")
@@ -123,8 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     device, folder = choose_device(opt.device), opt.output / "models"
     places = {name: folder / FILE.format(name) for name in opt.names or PUBLISHED}
     folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder)  # two downloads to one file would damage it
-    try:
+    with lock(folder):  # two downloads to one file would damage it
         record = folder / "teachers.lock"
         lines = [line.split() for line in record.read_text(errors="replace").splitlines()] if record.is_file() else []
         if any(len(line) != 2 or len(line[0]) != 64 for line in lines):
@@ -135,8 +134,6 @@ def main(argv: list[str] | None = None) -> None:
                 install(name, path, folder, recorded)
         if missing := [name for name, path in places.items() if not path.is_file()]:
             fetch(missing, folder, recorded, opt)
-    finally:
-        held.release()
     if opt.evaluate:
         source = load_dataset(opt.dataset, opt.data_folder)
         data = {"mean": source.mean, "std": source.std, "device": device, "n_cls": source.n_cls}

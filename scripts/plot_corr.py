@@ -46,7 +46,7 @@ def heat_maps(differences: dict[str, np.ndarray]) -> Figure:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--path_t", type=Path, required=True, metavar="FILE", help="the teacher's checkpoint")
     add("--path_s", type=Path, required=True, nargs="+", metavar="FILE", help="students' checkpoints")

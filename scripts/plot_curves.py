@@ -43,7 +43,7 @@ def curves(runs: list[dict], keys: list[str]) -> Figure:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's folder, or one with runs at any depth")
     add("--of", nargs="+", choices=PANELS, default=["test_acc", "train_loss"], help="panels (test_acc train_loss)")

@@ -50,7 +50,7 @@ def scatter(points: np.ndarray, labels: np.ndarray, names: tuple[str, ...], titl
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--path", type=Path, required=True, metavar="FILE", help="a checkpoint, ours or a published one")
     add("--model", metavar="NAME", help="its network (read from the checkpoint, or from its folder's name)")

@@ -71,8 +71,10 @@ def read_run(folder: Path) -> dict:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         first = [line for line in lines if "init_epoch" in line]
         first = [{key: float(line[f"init_{key}"]) for key in ("epoch", "train_loss")} for line in first]
-        lines = [{"val_acc": "nan", **line} for line in lines if "init_epoch" not in line]
+        lines = [{"val_acc": -1, **line} for line in lines if "init_epoch" not in line]
         epochs = [{key: float(line[key]) for key in RESULTS} for line in lines]
+        if not all(abs(value) < 1e30 for line in (*first, *epochs) for value in line.values()):
+            raise ValueError("a number that cannot be plotted")
     except DAMAGED as error:
         raise RunError(f"{path}: damaged ({error!r})") from error
     return {**describe(folder), "folder": folder, "first": first, "epochs": epochs}

@@ -7,7 +7,6 @@ loss to the folder (report.md, report.png).
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def table(runs: list[dict]) -> str:
     for run in runs:
         last, best = run["epochs"][-1], max(run["epochs"], key=lambda line: line["test_acc"])  # the first of equals
         row = [run["name"], f"{last['test_acc']:.2f}", f"{best['test_acc']:.2f}"]
-        held_out = [line for line in run["epochs"] if not math.isnan(line["val_acc"])]
+        held_out = [line for line in run["epochs"] if line["val_acc"] >= 0]
         chosen = f"{max(held_out, key=lambda line: line['val_acc'])['test_acc']:.2f}" if held_out else "-"
         row += [f"{best['epoch']:.0f} of {last['epoch']:.0f}", chosen, f"{run['params']:,}", f"{last['seconds']:.0f}"]
         rows.append(row)
@@ -37,7 +36,7 @@ def table(runs: list[dict]) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with runs at any depth")
     return parser.parse_args(argv)
 

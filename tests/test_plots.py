@@ -200,16 +200,18 @@ def test_names_of_runs():
 
 
 def test_report(save, tmp_path, capsys):
-    """Its table has the last and best accuracy of metrics.jsonl."""
+    """Its table has the last and best accuracy of metrics.jsonl, and that of the epoch which held-out images chose."""
     shutil.copytree(save, tmp_path / "save")
     metrics = next(tmp_path.glob("save/models/*/metrics.jsonl"))
-    lines = [json.loads(line) | {"test_acc": acc} for line, acc in zip(metrics.open(), (50.0, 40.0), strict=True)]
+    lines = list(map(json.loads, metrics.open()))
+    assert "chosen" not in report.table(plotting.read_runs([save]))
+    lines = [lines[0] | {"test_acc": 50.0, "val_acc": 60.0}, lines[1] | {"test_acc": 40.0, "val_acc": 70.0}]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert call(report, tmp_path / "save") == 0
     table = (tmp_path / "save" / "report.md").read_text()
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
-    assert rows[0] == ["network and method", "last", "best", "at epoch", "parameters", "seconds"]
-    assert rows[2][:5] == ["resnet8, teacher", "40.00", "50.00", "1 of 2", "77,587"]
+    assert rows[0] == ["network and method", "last", "best", "at epoch", "chosen", "parameters", "seconds"]
+    assert rows[2][:6] == ["resnet8, teacher", "40.00", "50.00", "1 of 2", "40.00", "77,587"]
     assert [row[0] for row in rows[3:]] == ["resnet8, baseline", "resnet8, factor"]
     assert capsys.readouterr().out.startswith(table) and (tmp_path / "save" / "report.png").exists()
 

@@ -1,20 +1,15 @@
-"""The losses that are computed in another form than the reference's, and that form, for benchmark.py."""
-
-from __future__ import annotations
+"""Reference forms of the losses that the product computes in another, faster form, and both sides on equal features."""
 
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from crd.memory import ContrastMemory
 from distiller_zoo import Distiller, create_distiller
-from distiller_zoo.base import Shapes, pool_to_smaller
 from helper.util import RunError
 from models import create_model
 from models.util import feature_shapes
@@ -22,37 +17,42 @@ from models.util import feature_shapes
 N_DATA, N_CLS = 50_000, 100  # CIFAR-100's training set
 TOLERANCE = 1e-4  # in float32, relative to the largest entry
 
-Side = Callable[[], list[Tensor]]  # one run: loss and gradients, or the samples drawn
+Side = Callable[[], list[Tensor]]  # one run: loss and gradients
 
 
-def nst_broadcast(method: Distiller, g_s: list[Tensor], g_t: list[Tensor]) -> Tensor:
+def pool(a: Tensor, b: Tensor) -> list[Tensor]:
+    """Two maps at the smaller height and width, with positions flattened: (B, C, H * W)."""
+    size = [min(sizes) for sizes in zip(a.shape[2:], b.shape[2:], strict=True)]
+    return [F.adaptive_avg_pool2d(f, size).flatten(2) for f in (a, b)]
+
+
+def nst_reference(method: Distiller, g_s: list[Tensor], g_t: list[Tensor]) -> Tensor:
     """The product of every two channels at every position: (B, C_b, C_a, H * W)."""
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return (a[:, None] * b[:, :, None]).sum(3).square().mean()
 
-    pooled = (pool_to_smaller(*maps) for maps in zip(g_s, g_t, strict=True))
-    unit = ([F.normalize(f.flatten(2), dim=2) for f in maps] for maps in pooled)
+    unit = ([F.normalize(f, dim=2) for f in pool(*maps)] for maps in zip(g_s, g_t, strict=True))
     return sum(kernel(t, t) + kernel(s, s) - 2 * kernel(s, t) for s, t in unit)
 
 
-def fsp_broadcast(method: Distiller, g_s: list[Tensor], g_t: list[Tensor]) -> Tensor:
+def fsp_reference(method: Distiller, g_s: list[Tensor], g_t: list[Tensor]) -> Tensor:
     """The product of every two channels of consecutive maps at every position: (B, C_top, C_bottom, H * W)."""
 
     def flow(maps: tuple[Tensor, Tensor]) -> Tensor:
-        top, bottom = (f.flatten(2) for f in pool_to_smaller(*maps))
+        top, bottom = pool(*maps)
         return (top[:, :, None] * bottom[:, None]).mean(3)
 
     return sum(F.mse_loss(flow(s), flow(t)) for s, t in zip(pairwise(g_s), pairwise(g_t), strict=True))
 
 
-def crd_gather(method: Distiller, f_s: Tensor, f_t: Tensor, index: Tensor) -> Tensor:
-    """The drawn rows of each bank, index (B, 1 + K) -> (B, 1 + K, feat_dim), its constants read from the device.
+def crd_reference(method: Distiller, f_s: Tensor, f_t: Tensor, index: Tensor) -> Tensor:
+    """The drawn rows of each bank, index (B, 1 + K) -> (B, 1 + K, feat_dim); its constants are read from the device.
 
-    In float32 this form's logarithms lose 5e-5 of the loss.
+    In float32 its logarithms lose 5e-5 of the loss.
     """
     bank = method.contrast
-    noise = bank.K / bank.n_data
+    noise = (index.size(1) - 1) / bank.n_data
 
     def term(v: Tensor, rows: Tensor, Z: Tensor) -> Tensor:
         drawn = rows[index.flatten()].unflatten(0, index.shape)
@@ -69,10 +69,10 @@ def crd_gather(method: Distiller, f_s: Tensor, f_t: Tensor, index: Tensor) -> Te
     return term(v_s, bank.memory_v2, bank.Z_v1) + term(v_t, bank.memory_v1, bank.Z_v2)
 
 
-def kdsvd_full(method: Distiller, g_s: list[Tensor], g_t: list[Tensor]) -> Tensor:
+def kdsvd_reference(method: Distiller, g_s: list[Tensor], g_t: list[Tensor]) -> Tensor:
     """All singular vectors of each sample's (H * W, C) matrix, of which one or four are used.
 
-    The loss depends on the sign that the library returns them with: here, as in ours, the teacher's sum is positive.
+    The loss depends on their signs, which the library chooses: here the teacher's sum is positive, as in ours.
     """
 
     def right_vectors(f: Tensor, k: int) -> Tensor:  # (B, k, C)
@@ -93,81 +93,45 @@ def kdsvd_full(method: Distiller, g_s: list[Tensor], g_t: list[Tensor]) -> Tenso
     return sum((relation(s) - relation(t)).square().sum() / len(s[0]) for s, t in pairs)
 
 
-FORMS = {"nst": nst_broadcast, "fsp": fsp_broadcast, "crd": crd_gather, "kdsvd": kdsvd_full}
-
-
-def draw_on_host(bank: ContrastMemory, index: Tensor) -> Side:
-    """A permutation of the samples of other classes for each sample, as a loader's worker does it."""
-    labels, rng = bank.labels.cpu().numpy(), np.random.default_rng(0)
-    others = [np.flatnonzero(labels != c) for c in range(N_CLS)]
-
-    def draw() -> list[Tensor]:
-        rows = [np.append(i, rng.permutation(others[labels[i]])[: bank.K]) for i in index.tolist()]
-        return [torch.from_numpy(np.stack(rows)).to(index.device)]
-
-    return draw
-
-
-def draw_by_topk(bank: ContrastMemory, index: Tensor) -> Side:
-    """The samples with the K smallest of as many random keys as there are samples, the own class's out of reach."""
-
-    def draw() -> list[Tensor]:
-        key = torch.rand(len(index), bank.n_data, device=index.device)
-        key.masked_fill_(bank.labels == bank.labels[index, None], 2.0)
-        negative = key.topk(bank.K, dim=1, largest=False, sorted=False).indices
-        return [torch.cat([index[:, None], negative], dim=1)]
-
-    return draw
-
-
-DRAWS = {"permutations on the host": draw_on_host, "rand and topk": draw_by_topk}
+REFERENCES = {"nst": nst_reference, "fsp": fsp_reference, "crd": crd_reference, "kdsvd": kdsvd_reference}
 
 
 def cases(opt: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, str, Side, Side]]:
-    """-> what is computed, on or against what, our side, the other."""
+    """-> method, networks, our side, the reference's."""
     for name in opt.losses:
         for pair in opt.pairs:
-            yield name, ":".join(pair), *loss_sides(name, pair, opt.batch_size, device)
-    if "crd" in opt.losses:
-        labels, index = torch.arange(N_DATA) % N_CLS, torch.arange(opt.batch_size, device=device)
-        bank = create_distiller("crd", s_dim=1, t_dim=1, labels=labels).to(device).contrast
-        for against, form in DRAWS.items():
-            yield "crd's draw", f"against {against}", lambda: [bank.draw(index)], form(bank, index)
+            yield name, ":".join(pair), *sides(name, pair, opt.batch_size, device)
 
 
-def loss_sides(name: str, pair: tuple[str, str], batch_size: int, device: torch.device) -> tuple[Side, Side]:
-    """Loss and gradients of a method, ours and the other form, on equal features."""
+def sides(name: str, pair: tuple[str, str], batch_size: int, device: torch.device) -> tuple[Side, Side]:
+    """Loss and gradients of a method, in our form and the reference's, on equal features of two networks."""
     t_shapes, s_shapes = (feature_shapes(create_model(arch, N_CLS)) for arch in pair)
     data = {"s_shapes": s_shapes, "t_shapes": t_shapes, "s_dim": s_shapes[-1][1], "t_dim": t_shapes[-1][1]}
     torch.manual_seed(0)
     method = create_distiller(name, labels=torch.arange(N_DATA) % N_CLS, **data).to(device)
-    ours = method.init_loss if name == "fsp" else method  # FSP compares maps in its first stage
-    given = ()
+    needs = {}
     if name == "crd":
-        drawn = method.contrast.draw(torch.arange(batch_size, device=device))
-        method.contrast.draw = lambda index: drawn  # the same for both sides; rows of its own measure it
-        given = (drawn,)
+        needs["index"] = method.contrast.draw(torch.arange(batch_size, device=device))
+        method.contrast.draw = lambda index: index  # the samples drawn, the same for both sides
 
     def side(loss_of: Callable[..., Tensor], layout: torch.memory_format) -> Side:
-        g_s, g_t = (features(f, seed, batch_size, layout, device) for seed, f in enumerate((s_shapes, t_shapes)))
+        g_s, g_t = (features(shapes, i, batch_size, layout, device) for i, shapes in enumerate((s_shapes, t_shapes)))
         f_s, f_t = g_s[method.feats], g_t[method.feats]
         leaves = [f.requires_grad_() for f in ([f_s] if isinstance(f_s, Tensor) else f_s)]
 
         def run() -> list[Tensor]:
-            loss = loss_of(f_s, f_t, *given)
+            loss = loss_of(f_s, f_t, **needs)
             return [loss.detach(), *torch.autograd.grad(loss, [*leaves, *method.parameters()])]
 
         return run
 
-    return side(ours, torch.channels_last), side(partial(FORMS[name], method), torch.contiguous_format)
+    ours = method.init_loss if name == "fsp" else method  # FSP compares maps in its first stage
+    return side(ours, torch.channels_last), side(partial(REFERENCES[name], method), torch.contiguous_format)
 
 
-def features(
-    shapes: Shapes, seed: int, batch_size: int, layout: torch.memory_format, device: torch.device
-) -> list[Tensor]:
-    """Random, as after a ReLU, with channels of unequal strength: of others, singular vectors hardly differ."""
-    noise = torch.Generator().manual_seed(seed)
-    feats = []
+def features(shapes: list, seed: int, batch_size: int, layout: torch.memory_format, device: torch.device) -> list:
+    """Random, as after a ReLU, with channels of unequal strength: else their singular vectors hardly differ."""
+    noise, feats = torch.Generator().manual_seed(seed), []
     for _, *dims in shapes:
         level = torch.randn(dims[0], *[1] * (len(dims) - 1), generator=noise)
         f = F.relu(torch.randn(batch_size, *dims, generator=noise) + level).to(device)
@@ -175,12 +139,10 @@ def features(
     return feats
 
 
-def compare(what: str, ours: list[Tensor], other: list[Tensor]) -> tuple[float, float] | None:
-    """Differences of the loss and of the gradients, relative to the largest entry; random draws have none."""
-    if len(ours) == 1:
-        return None
+def compare(what: str, ours: list[Tensor], other: list[Tensor]) -> tuple[float, float]:
+    """Differences of the loss and of the gradients, relative to the largest entry; RunError if they are too large."""
     apart = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, other, strict=True)]
     if not all(value <= TOLERANCE for value in apart):  # nan too
         found = f"loss {apart[0]:.1e}, gradients {max(apart[1:]):.1e}"
-        raise RunError(f"{what}: the two forms disagree by {found} (relative; {TOLERANCE:g} is allowed)")
+        raise RunError(f"{what}: the two forms differ by {found} (relative; {TOLERANCE:g} is allowed)")
     return apart[0], max(apart[1:])
