@@ -46,6 +46,12 @@ model_dict: dict[str, Callable[..., nn.Module]] = {
 default_lr = {"MobileNetV2": 0.01, "ShuffleV1": 0.01, "ShuffleV2": 0.01}
 
 
+def is_known(name: str) -> bool:
+    """Whether create_model() can build a network of that name."""
+    reused = NAME.fullmatch(name)
+    return (reused["net"] if reused else name) in model_dict
+
+
 def create_model(name: str, n_cls: int) -> nn.Module:
     """Build the network of that name for n_cls classes: one of model_dict, or a student of SimKD made from one."""
     if reused := NAME.fullmatch(name):
