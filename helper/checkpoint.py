@@ -280,7 +280,7 @@ def check_state(arch: str, own: dict[str, torch.Tensor], state: dict[str, torch.
         raise ValueError(f"has an entry '{stray[0]:.60}' among its weights that is not a dense tensor; remove it")
     absent, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if absent or foreign:
-        what = f"lacks {absent[0]}" if absent else f"has {foreign[0]} besides"
+        what = f"lacks {absent[0]}" if absent else f"has {foreign[0]:.60} besides"
         raise ValueError(f"not a {arch}: {what} ({len(absent)} tensors missing, {len(foreign)} unknown)")
     for key, value in state.items():
         if value.shape != own[key].shape:
