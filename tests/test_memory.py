@@ -3,11 +3,12 @@
 import io
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from crd.memory import ContrastMemory
+from crd.memory import ContrastMemory, draws_for
 from distiller_zoo import DistillError, create_distiller
 
 BALANCED = [c for c in range(4) for _ in range(6)]  # 24 samples, 18 of other classes
@@ -181,3 +182,37 @@ def test_one_class_only_is_refused():
     """Nothing to contrast with: a sentence, not an index out of range in the middle of a run."""
     with pytest.raises(DistillError):
         create_distiller("crd", {"nce_k": 4}, s_dim=3, t_dim=3, labels=[5] * 8)
+LARGE = {"equal": [c for c in range(10) for _ in range(200)], "unequal": [0] * 900 + [1] * 500 + [2] * 590 + [3] * 10}
+
+
+@pytest.mark.parametrize("labels", LARGE.values(), ids=LARGE)
+def test_few_of_many_negatives(labels):
+    """K far below the number of negatives: these are drawn in another way, of which all the same is asked."""
+    bank, n, K = memory(labels, 300, seed=6), 400, 300
+    assert bank.tries < bank.n_neg_range[1] / 2
+    for i in (0, 950, 1999):
+        other = others(labels, i)
+        idx = bank.draw(torch.full((n,), i))
+        assert idx.shape == (n, 1 + K) and (idx[:, 0] == i).all()
+        rows = idx[:, 1:].sort(1).values
+        assert (rows.diff() > 0).all() and set(rows.flatten().tolist()) <= set(other)
+        m = len(other)
+        uniform(Counter(rows.flatten().tolist()), m, n * K / m, (m - K) / (m - 1))
+        # how many come from the first third: hypergeometric, so narrower than draws with replacement
+        law = stats.hypergeom(m, m // 3, K)
+        hits = (rows < other[m // 3]).sum(1).double()
+        assert abs(float(hits.mean()) - law.mean()) < 5 * law.std() / n**0.5
+        assert abs(float(hits.var()) / law.var() - 1) < 5 * (2 / n) ** 0.5
+
+
+def test_tries_suffice():
+    """Against simulated draws: their mean, and their most by far."""
+    rng = np.random.default_rng(0)
+    for n, k in ((1000, 1), (1000, 300), (4000, 1800)):
+        needed = []
+        for _ in range(300):
+            _, first = np.unique(rng.integers(n, size=6 * n), return_index=True)
+            needed.append(np.sort(first)[k - 1] + 1)
+        assert np.mean(needed) + 8 * np.std(needed) < draws_for(k, n) < np.mean(needed) + 16 * np.std(needed) + 110
+
+
