@@ -194,7 +194,7 @@ def bad(args, said, script=train_student):
         bad(["--learning_rate", "inf"], "inf is out of range"),
         bad(["--lr_decay_epochs", "a,b"], "is not a list of epochs"),
         bad(["--batch_size", "67"], "--batch_size 67 is larger than the training set (66 images)"),
-        bad(["--batch_size", "1", "--distill", "kd", "pkt"], "--batch_size 1: pkt compares the samples of a batch, at"),
+        bad(["--batch_size", "1", "--distill", "kd", "pkt"], "--batch_size 1: pkt compares the samples of a batch"),
         bad(
             ["--batch_size", "65", "--distill", "none", "--model_s", "vgg8", "--image_size", "8"],
             "--batch_size 65: leaves one of the 66 training images for the last batch",
