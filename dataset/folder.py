@@ -18,7 +18,8 @@ def folder(
     that is not sorted by class; test_folder names another.
     Images of any kind become RGB: of 16-bit grey the high byte counts, an alpha channel is dropped.
     """
-    train, left_out, notes = data_folder / "train", Counter(), []
+    train, notes = data_folder / "train", []
+    left_out: Counter[str] = Counter()
     tests = [data_folder / name for name in ([test_folder] if test_folder else ["test", "val"])]
     existing = [path for path in tests if path.is_dir()]
     if not (train.is_dir() and existing):

@@ -9,6 +9,7 @@ import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ def make_loaders(
     source: DataSource, opt: argparse.Namespace, device: torch.device
 ) -> tuple[DeviceLoader, DeviceLoader, DeviceLoader | None]:
     """Loaders of augmented training batches, of test images and of held-out images, if there are any."""
-    same = {"mean": source.mean, "std": source.std, "device": device, "n_cls": source.n_cls}
+    same: dict[str, Any] = {"mean": source.mean, "std": source.std, "device": device, "n_cls": source.n_cls}
     same["layout"] = memory_format(opt)
     train = DeviceLoader(
         source.train_images, source.train_labels, opt.batch_size, augment=True, flip=source.flip, seed=opt.seed, **same
@@ -153,7 +154,7 @@ def build(
     """
     teacher = teacher or Teacher()
     image_size = source.train_images.shape[1]
-    data = {"labels": source.train_labels, "n_data": len(source.train_labels), "n_cls": source.n_cls}
+    data: dict[str, Any] = {"labels": source.train_labels, "n_data": len(source.train_labels), "n_cls": source.n_cls}
     for side, net in (("s", model), ("t", teacher.model)):
         if net is not None:
             data[f"{side}_shapes"] = feature_shapes(net, image_size)

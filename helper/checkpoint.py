@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -48,11 +49,11 @@ FOREIGN = [argparse.Namespace, np.dtype, *(type(np.dtype(code)) for code in "?be
 FOREIGN += [(_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]  # numpy 1 and 2
 
 
-def _channels(values: object) -> bool:
+def _channels(values: Any) -> bool:
     return isinstance(values, list) and len(values) == 3 and all(isinstance(v, float) and 0 <= v <= 1 for v in values)
 
 
-def _names(values: object) -> bool:
+def _names(values: Any) -> bool:
     few = isinstance(values, list) and len(values) <= 100_000
     return few and all(isinstance(name, str) and len(name) <= 200 for name in values)
 

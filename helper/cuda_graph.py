@@ -23,7 +23,9 @@ class CudaGraph:
     def __init__(self, device: torch.device, batch_size: int):
         self.device, self.batch_size = device, batch_size
         self.students: list[Student] = []
-        self.steps, self.plan, self.replay, self.trouble = 0, None, None, ""
+        self.steps, self.trouble = 0, ""
+        self.plan: Tensor | None = None
+        self.replay: Callable[[], None] | None = None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, step: Callable[[Tensor], None], plan: Tensor, students: list[Student]) -> None:

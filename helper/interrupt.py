@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # schedulers warn by the last two; Windows has two
@@ -20,7 +21,8 @@ class Interrupt:
     ends the process at once."""
 
     def __init__(self) -> None:
-        self.signal, self._deferred, self._handlers = "", False, {}
+        self.signal, self._deferred = "", False
+        self._handlers: dict[int, Any] = {}
 
     def listen(self) -> None:
         """Handle signals from now until forget()."""

@@ -95,11 +95,11 @@ def train(
 def validate(model: nn.Module, loader: Iterable) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent and mean cross-entropy over every image of a loader, each once."""
     model.eval()
-    sums, count = 0.0, 0
+    sums, count = torch.zeros(3, dtype=torch.float64, device=next(model.parameters()).device), 0
     for images, target, _ in loader:
         logit = model(images)
         loss = F.cross_entropy(logit, target, reduction="sum").double()
-        sums = sums + torch.cat([count_hits(logit, target), loss[None]])
+        sums += torch.cat([count_hits(logit, target), loss[None]])
         count += len(target)
     top1, top5, loss = (sums / count).tolist()
     return {"acc": 100 * top1, "acc_top5": 100 * top5, "loss": loss}

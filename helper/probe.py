@@ -97,7 +97,7 @@ def number_views(plan: Tensor) -> Tensor:
 
 def plan_views(view: Tensor, rows: int) -> Tensor:
     """The inverse of number_views, for a plan of so many rows."""
-    plan = []
+    plan: list[Tensor] = []
     for size in reversed(SIDES[: rows - 1]):
         plan.insert(0, view % size)
         view = view // size

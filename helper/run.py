@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import nn
@@ -20,7 +21,12 @@ from helper.util import RunError, code_version, versions
 # How far a run has got: whole epochs of the first and of the main stage, steps of the next one; and what it reached.
 PROGRESS = ("init_epoch", "epoch", "step", "last", "best", "best_epoch", "chosen", "chosen_val", "chosen_epoch")
 PROGRESS += ("seconds",)
-NOT_COMPARED = {"opt", "parts", "class_names", "published"}  # of config.json; the options in `opt` are compared one by one
+NOT_COMPARED = {
+    "opt",
+    "parts",
+    "class_names",
+    "published",
+}  # of config.json; the options in `opt` are compared one by one
 
 
 class Run:
@@ -33,7 +39,8 @@ class Run:
         self.folder, self.arch, self.config, self.free = folder, arch, config, set(free)
         self.part = {"code": code_version(), "versions": versions(), **(part or {})}
         self.parts: list[dict] = []  # earlier parts of the run, if it was interrupted
-        self.lock = self.writer = None
+        self.lock: FileLock | None = None
+        self.writer: Any = None
         self.init_epoch = self.epoch = self.step = self.best_epoch = self.chosen_epoch = 0
         self.last = self.best = self.chosen = self.seconds = 0.0
         self.chosen_val = -1.0

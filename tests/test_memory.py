@@ -182,6 +182,8 @@ def test_one_class_only_is_refused():
     """Nothing to contrast with: a sentence, not an index out of range in the middle of a run."""
     with pytest.raises(DistillError):
         create_distiller("crd", {"nce_k": 4}, s_dim=3, t_dim=3, labels=[5] * 8)
+
+
 LARGE = {"equal": [c for c in range(10) for _ in range(200)], "unequal": [0] * 900 + [1] * 500 + [2] * 590 + [3] * 10}
 
 
@@ -214,5 +216,3 @@ def test_tries_suffice():
             _, first = np.unique(rng.integers(n, size=6 * n), return_index=True)
             needed.append(np.sort(first)[k - 1] + 1)
         assert np.mean(needed) + 8 * np.std(needed) < draws_for(k, n) < np.mean(needed) + 16 * np.std(needed) + 110
-
-
