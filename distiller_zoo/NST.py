@@ -23,23 +23,18 @@ class NSTLoss(Distiller):
 def discrepancy(f_s: Tensor, f_t: Tensor) -> Tensor:
     """k(t, t) + k(s, s) - 2 k(s, t), k the mean over samples and pairs of channels of <a, b>^2.
 
-    (B, C_s, H, W), (B, C_t, H, W). As sum <a_i, b_j>^2 = <A^T A, B^T B>, with fewer positions than channels the
-    products over positions are the smaller matrices, and the three terms are one squared distance.
+    (B, C_s, H, W), (B, C_t, H, W). Since sum <a_i, b_j>^2 = <A^T A, B^T B>, products over positions are the smaller
+    matrices where there are fewer positions than channels, and the three terms are one squared distance.
     """
     a, b = f_s.flatten(2), f_t.flatten(2)  # (B, C, H * W)
     if a.size(2) <= min(a.size(1), b.size(1)):
         a, b = F.normalize(a, dim=2), F.normalize(b, dim=2)
-        distance = gram(a.transpose(1, 2)) / a.size(1) - gram(b.transpose(1, 2)) / b.size(1)  # (B, H * W, H * W)
+        distance = a.transpose(1, 2) @ a / a.size(1) - b.transpose(1, 2) @ b / b.size(1)  # (B, H * W, H * W)
         return distance.square().sum((1, 2)).mean()
-    aa, bb, ab = gram(a), gram(b), a @ b.transpose(1, 2)  # (B, C, C), the norms on the diagonals
+    aa, bb, ab = a @ a.transpose(1, 2), b @ b.transpose(1, 2), a @ b.transpose(1, 2)  # (B, C, C)
+    # squared norms are on the diagonals
     a, b = (xx.diagonal(dim1=1, dim2=2).clamp(min=EPS**2).rsqrt() for xx in (aa, bb))  # (B, C)
     return kernel(b, bb, b) + kernel(a, aa, a) - 2 * kernel(a, ab, b)
-
-
-def gram(a: Tensor) -> Tensor:
-    """(B, C, D) -> a a^T, whose gradient comes by one product instead of two: what is made of it here is symmetric."""
-    products = a @ a.detach().transpose(1, 2)  # half the gradient
-    return 2 * products - products.detach()
 
 
 def kernel(a: Tensor, products: Tensor, b: Tensor) -> Tensor:

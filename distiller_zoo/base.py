@@ -13,6 +13,8 @@ from torch import Tensor, nn
 Size = Annotated[int, 1, 2**22]
 Temperature = Annotated[float, 1e-3, 1e3]
 Share = Annotated[float, 0.0, 1.0]
+Weight = Annotated[float, 0.0, 1e6]
+Epochs = Annotated[int, 0, 100_000]
 
 Shapes = Sequence[Sequence[int]]  # of a feature list, batch dimension included
 
@@ -28,12 +30,33 @@ def kd_loss(logit_s: Tensor, logit_t: Tensor, T: float) -> Tensor:
     return F.kl_div(log_p_s, p_t, reduction="batchmean") * T**2
 
 
+def standardise(logit: Tensor) -> Tensor:
+    """Logits with mean 0 and standard deviation 1 over the classes of each sample.
+
+    Logit Standardization in Knowledge Distillation, CVPR 2024. https://arxiv.org/abs/2403.01427
+    """
+    mean, std = logit.mean(1, keepdim=True), logit.std(1, keepdim=True)  # std divides by n_cls - 1, as published
+    return (logit - mean) / (std + 1e-7)
+
+
+def drop_class(logit: Tensor, which: Tensor) -> Tensor:
+    """Logits (B, n_cls) without that of class which (B,) of each sample: (B, n_cls - 1)."""
+    others = torch.arange(logit.size(1) - 1, device=logit.device).expand(len(logit), -1)
+    return logit.gather(1, others + (others >= which[:, None]))
+
+
+def warm_up(epoch: Tensor, epochs: int) -> Tensor:
+    """Factor that grows linearly to 1 in the first `epochs` epochs: 1 / epochs in the first one."""
+    return (epoch / epochs).clamp(max=1)
+
+
 class Distiller(nn.Module):
     """A method: its own loss term and the modules that it trains.
 
     The loop minimises gamma * cross-entropy + alpha * kl(logits) + beta * forward(f_s, f_t).
     A constructor takes data by name (`s_shapes t_shapes s_dim t_dim labels n_data n_cls head_t`) and
     the method's options, which have defaults: each becomes a flag of the command line.
+    head_t is the teacher's linear classifier, frozen; epoch is a tensor () that counts from 1.
     """
 
     feats: int | slice = slice(1, -1)  # entries of the feature list that forward() and init_loss() are given
@@ -43,8 +66,14 @@ class Distiller(nn.Module):
     has_teacher = True
     capturable = True  # whether a step can be captured as a CUDA graph
     min_batch = 1  # samples that the term compares at least; a last batch of fewer adds a constant
+    published: dict[tuple[str, str], dict] = {}  # (teacher, student): weights and options of the authors' for that pair
 
-    def forward(self, f_s, f_t, **needs: Tensor) -> Tensor | float:
+    @classmethod
+    def settings(cls, arch_t: str, arch_s: str, options: dict) -> dict:
+        """Weights, options and kd_T published for a pair of networks; options: those that the user set."""
+        return dict(cls.published.get((arch_t, arch_s), {}))
+
+    def forward(self, f_s, f_t, **needs) -> Tensor | float:
         """The method's own term; 0 for methods that live in the first stage or in the KL term."""
         return 0.0
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from dataset import DataSource, load_dataset
 from dataset.loader import DeviceLoader, large_batch
-from distiller_zoo import create_distiller, method_options
+from distiller_zoo import create_distiller, distiller_class, method_options
 from helper.checkpoint import load_network
 from helper.options import plain, weights_of
 from helper.run import Run
@@ -24,6 +24,8 @@ from helper.student import Student, Teacher, forward_of
 from helper.util import RunError, choose_device, has_native_bf16, seed_all, stream
 from models import create_model
 from models.util import feature_shapes, head
+
+KD_T = 4.0  # published temperature of the KL term
 
 
 def set_up(opt: argparse.Namespace) -> torch.device:
@@ -105,7 +107,11 @@ def build_students(
     """A student for each method of --distill; all start from the same weights."""
     students = []
     for method in opt.distill:
-        w = {"gamma": 0, "alpha": 0, "beta": 0, **weights_of(method, opt)}
+        published = settings_of(method, opt, teacher)
+        if published:
+            said = ", ".join(f"{key} {value:g}" for key, value in published.items())
+            print(f"{method}: published for {teacher.arch} -> {opt.model_s}: {said}")
+        w = {"gamma": 0, "alpha": 0, "beta": 0, **weights_of(method, opt, published)}
         folder = (
             f"S_{opt.model_s}_T_{teacher.arch}_{opt.dataset}_{method}"
             f"_r_{w['gamma']:g}_a_{w['alpha']:g}_b_{w['beta']:g}_{opt.trial}"
@@ -113,6 +119,15 @@ def build_students(
         folder, model = opt.output / "student_model" / folder, new_model(opt.model_s, source, opt)
         students.append(build(method, opt.model_s, model, folder, opt, source, device, teacher))
     return students
+
+
+def settings_of(method: str, opt: argparse.Namespace, teacher: Teacher) -> dict[str, float]:
+    """Weights, options and temperature that are published for a pair of networks, but for those that the user gave."""
+    if teacher.model is None:
+        return {}
+    published = distiller_class(method).settings(teacher.arch, opt.model_s, opt.options)
+    given = {**opt.options, **{key: getattr(opt, key) for key in ("gamma", "alpha", "beta", "kd_T")}}
+    return {key: value for key, value in published.items() if given.get(key) is None}
 
 
 def new_model(arch: str, source: DataSource, opt: argparse.Namespace) -> nn.Module:
@@ -145,11 +160,15 @@ def build(
             data[f"{side}_dim"] = data[f"{side}_shapes"][-1][1]
     data["head_t"] = head(teacher.model) if teacher.model is not None else None
     check_last_batch([*data["s_shapes"], *data.get("t_shapes", ())], data["n_data"], opt)
-    options = {key: value for key, value in getattr(opt, "options", {}).items() if key in method_options(method)}
+    published = settings_of(method, opt, teacher)
+    options = {**published, **getattr(opt, "options", {})}
+    options = {key: value for key, value in options.items() if key in method_options(method)}
+    T = published.get("kd_T", getattr(opt, "kd_T", None) or KD_T)
     seed_all(opt.seed, "method", method)
     distiller = create_distiller(method, options, **data).to(device)
     model = distiller.predictor(model)
-    weights = weights_of(method, opt)
+    arch = getattr(model, "arch", arch)  # predictor() may have changed it
+    weights = weights_of(method, opt, published)
     config = {
         "role": role,
         **about,
@@ -160,7 +179,9 @@ def build(
         "teacher_crc32": teacher.crc32,
         "params": sum(p.numel() for p in model.parameters()),
         "weights": weights,
+        "kd_T": T,
         "options": options,
+        "published": published,
         "dataset": opt.dataset,
         "n_cls": source.n_cls,
         "class_names": list(source.class_names),
@@ -177,7 +198,7 @@ def build(
     model = model.to(device, memory_format=memory_format(opt))
     forward = forward_of(model, opt.precision, opt.compile)
     name = method if role == "student" else arch
-    student = Student(name, model, distiller, weights, run, getattr(opt, "kd_T", 4.0), forward, data["head_t"])
+    student = Student(name, model, distiller, weights, run, T, forward, data["head_t"])
     if (state := run.find(opt.resume)) is None:
         student.start(opt)
     else:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from helper.util import RunError
-from models import create_model, model_dict
+from models import create_model, is_known, model_dict
 from models.util import head
 
 OLD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # how files of torch before 1.6 begin
@@ -218,7 +218,7 @@ def _named(path: Path, content: dict) -> str | None:
     opt = content.get("opt")  # RepDistiller's last checkpoints hold their options: a student's, or a teacher's
     options = vars(opt) if isinstance(opt, argparse.Namespace) else {}
     for name in (content.get("arch"), options.get("model_s"), options.get("model")):
-        if isinstance(name, str) and name in model_dict:
+        if isinstance(name, str) and is_known(name):
             return name
     # absolute(), not resolve(): where the folder is a link, its own name counts. Students are in S:<student>_T:...
     folder = path.absolute().parent.name.removeprefix("S:")
@@ -280,7 +280,7 @@ def check_state(arch: str, own: dict[str, torch.Tensor], state: dict[str, torch.
         raise ValueError(f"has an entry '{stray[0]:.60}' among its weights that is not a dense tensor; remove it")
     absent, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if absent or foreign:
-        what = f"lacks {absent[0]}" if absent else f"has {foreign[0]} besides"
+        what = f"lacks {absent[0]}" if absent else f"has {foreign[0]:.60} besides"
         raise ValueError(f"not a {arch}: {what} ({len(absent)} tensors missing, {len(foreign)} unknown)")
     for key, value in state.items():
         if value.shape != own[key].shape:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from dataset import dataset_dict
-from distiller_zoo import DistillError, distiller_dict, method_name, method_options
+from distiller_zoo import DistillError, distiller_class, distiller_dict, method_name, method_options
 from models import default_lr, model_dict
 
 LR = 0.05  # published; default_lr names the networks that are trained with another
@@ -198,23 +198,27 @@ def add_method_options(parser: Parser) -> dict[str, list[str]]:
 def check_methods(parser: Parser, opt: argparse.Namespace, takers: dict[str, list[str]]) -> argparse.Namespace:
     """Gather the methods' options; refuse what none of the chosen methods takes."""
     opt.distill = list(dict.fromkeys(opt.distill))
+    classes = {name: distiller_class(name) for name in opt.distill}
+    known = {key for name in opt.distill for key in method_options(name)}
     for key in WEIGHTS:
-        if getattr(opt, key) is not None and not any(key in distiller_dict[name].weights for name in opt.distill):
+        if getattr(opt, key) is not None and not any(key in cls.weights for cls in classes.values()):
             parser.error(f"--{key}: not an option of {', '.join(opt.distill)}, but of the methods with a teacher")
     for key, methods in takers.items():
-        if getattr(opt, key) is not None and not set(methods) & set(opt.distill):
+        if getattr(opt, key) is not None and key not in known:
             parser.error(f"--{key}: not an option of {', '.join(opt.distill)}, but of {', '.join(methods)}")
     parser.free.add("options")  # compared beside, as are the teacher, the method and its weights
     opt.options = {key: value for key in takers if (value := getattr(opt, key)) is not None}
     for key in takers:
         delattr(opt, key)
-    for name in opt.distill:
-        weights, smallest = weights_of(name, opt), distiller_dict[name].min_batch
+    for name, cls in classes.items():
+        weights = weights_of(name, opt)
         if not any(weights.values()):
             parser.error(f"-r -a -b: nothing is left of the loss of {name}")
-        if opt.batch_size < smallest and weights.get("beta"):
-            parser.error(f"--batch_size {opt.batch_size}: {name} compares the samples of a batch, at least {smallest}")
-    if opt.path_t is None and any(distiller_dict[name].has_teacher for name in opt.distill):
+        if opt.batch_size < cls.min_batch and weights.get("beta"):
+            parser.error(
+                f"--batch_size {opt.batch_size}: {name} compares the samples of a batch, {cls.min_batch} or more"
+            )
+    if opt.path_t is None and any(cls.has_teacher for cls in classes.values()):
         parser.error("--path_t: a teacher's checkpoint is needed, for example save/models/<teacher>/<arch>_last.pth")
     return opt
 
@@ -238,10 +242,13 @@ def trial(text: str) -> str:
     return text
 
 
-def weights_of(name: str, opt: argparse.Namespace) -> dict[str, float]:
-    """A method's weights: the published ones, or what the user passed for those that it has."""
-    given = {key: getattr(opt, key, None) for key in WEIGHTS}  # a teacher has no such flags
-    return {key: value if given[key] is None else given[key] for key, value in distiller_dict[name].weights.items()}
+def weights_of(name: str, opt: argparse.Namespace, published: dict | None = None) -> dict[str, float]:
+    """A method's weights: the user's, else those published for the pair of networks, else the method's defaults."""
+    found = {}
+    for key, default in distiller_class(name).weights.items():
+        given = getattr(opt, key, None)  # a teacher has no such flags
+        found[key] = (published or {}).get(key, default) if given is None else given
+    return found
 
 
 def plain(opt: argparse.Namespace) -> dict:

@@ -20,7 +20,7 @@ from helper.util import RunError, code_version, versions
 # How far a run has got: whole epochs of the first and of the main stage, steps of the next one; and what it reached.
 PROGRESS = ("init_epoch", "epoch", "step", "last", "best", "best_epoch", "chosen", "chosen_val", "chosen_epoch")
 PROGRESS += ("seconds",)
-NOT_COMPARED = {"opt", "parts", "class_names"}  # of config.json; the options in `opt` are compared one by one
+NOT_COMPARED = {"opt", "parts", "class_names", "published"}  # of config.json; the options in `opt` are compared one by one
 
 
 class Run:

@@ -8,6 +8,7 @@ from torch import nn
 from models.mobilenetv2 import MobileNetV2
 from models.resnet import ResNet
 from models.resnetv2 import ResNet50
+from models.reused import NAME, Reused
 from models.ShuffleNetv1 import ShuffleV1
 from models.ShuffleNetv2 import ShuffleV2
 from models.util import ModelError, known_first
@@ -45,8 +46,19 @@ model_dict: dict[str, Callable[..., nn.Module]] = {
 default_lr = {"MobileNetV2": 0.01, "ShuffleV1": 0.01, "ShuffleV2": 0.01}
 
 
+def is_known(name: str) -> bool:
+    """Whether create_model() can build a network of that name."""
+    reused = NAME.fullmatch(name)
+    return (reused["net"] if reused else name) in model_dict
+
+
 def create_model(name: str, n_cls: int) -> nn.Module:
-    """Build the network of that name for n_cls classes."""
+    """Build the network of that name for n_cls classes: one of model_dict, or a student of SimKD made from one."""
+    if reused := NAME.fullmatch(name):
+        sizes = {key: int(value) for key, value in reused.groupdict("1").items() if key != "net"}
+        return Reused(create_model(reused["net"], n_cls), n_cls=n_cls, **sizes)
     if name not in model_dict:
         raise ModelError(f"unknown model {name!r}; known: {', '.join(known_first(name, model_dict))}")
-    return model_dict[name](num_classes=n_cls)
+    model = model_dict[name](num_classes=n_cls)
+    model.arch = name
+    return model

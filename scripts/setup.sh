@@ -10,5 +10,5 @@ wanted=$(pwd && cat pyproject.toml requirements*.txt)
 if [ "$wanted" != "$(cat ".venv/installed-$requirements" 2>/dev/null)" ]; then
     echo "+ $python -m pip install -r $requirements -e ."
     "$python" -m pip install --quiet --disable-pip-version-check -r "$requirements" -e .
-    echo "$wanted" >".venv/installed-$requirements"
+    printf '%s\n' "$wanted" >".venv/installed-$requirements"
 fi

@@ -75,7 +75,7 @@ def make(name, folder):
     weights = weights_of(name, opt)
     assert weights == {key: record[key] for key in ("gamma", "alpha", "beta")}
     run = Run(folder, record["student"], {"opt": plain(opt)})
-    student = Student(name, student, method, weights, run, opt.kd_T)
+    student = Student(name, student, method, weights, run)
     student.start(opt)
     return opt, student, as_teacher(teacher, record["teacher"], make_source(n_cls=100, n=100)), record
 

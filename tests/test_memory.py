@@ -1,8 +1,6 @@
 """CRD's memory: which samples it contrasts with, and what its banks hold."""
 
-import copy
 import io
-import math
 from collections import Counter
 
 import numpy as np
@@ -35,19 +33,6 @@ def others(labels, i):
     return [j for j, c in enumerate(labels) if c != labels[i]]
 
 
-def test_shape_and_type():
-    drawn = memory(BALANCED, 5).draw(torch.tensor([3, 3, 20]))
-    assert drawn.shape == (3, 6) and drawn.dtype == torch.int64
-
-
-@pytest.mark.parametrize(
-    "as_type", [list, torch.tensor, lambda labels: torch.tensor(labels, dtype=torch.int32).numpy()]
-)
-def test_labels_of_any_type(as_type):
-    for i, _, negative in draws(memory(as_type(GAPS), 4), 5):
-        assert set(negative) <= set(others(GAPS, i))
-
-
 @pytest.mark.parametrize(
     "labels", [BALANCED, UNBALANCED, GAPS, BALANCED[::-1]], ids=["equal", "unequal", "gaps", "rev"]
 )
@@ -59,11 +44,6 @@ def test_own_class_is_never_a_negative_and_none_comes_twice(labels, K, mode):
         assert len(set(negative)) == K  # every sample of these sets has at least 8 others
         assert labels[positive] == labels[i]
         assert mode == "relax" or positive == i
-
-
-def test_as_many_negatives_as_there_are():
-    for i, _, negative in draws(memory(BALANCED, 18), 3):
-        assert sorted(negative) == others(BALANCED, i)
 
 
 @pytest.mark.parametrize("labels", [BALANCED, UNBALANCED, GAPS], ids=["equal", "unequal", "gaps"])
@@ -124,45 +104,6 @@ def test_pairs_of_negatives_are_uniform():
     uniform(pairs, 15, n / 15)
 
 
-LARGE = {"equal": [c for c in range(10) for _ in range(200)], "unequal": [0] * 900 + [1] * 500 + [2] * 590 + [3] * 10}
-
-
-@pytest.mark.parametrize("labels", LARGE.values(), ids=LARGE)
-def test_few_of_many_negatives(labels):
-    """K far below the number of negatives: these are drawn in another way, of which all the same is asked."""
-    bank, n, K = memory(labels, 300, seed=6), 400, 300
-    assert bank.tries < bank.n_neg_range[1] / 2
-    for i in (0, 950, 1999):
-        other = others(labels, i)
-        idx = bank.draw(torch.full((n,), i))
-        assert idx.shape == (n, 1 + K) and (idx[:, 0] == i).all()
-        rows = idx[:, 1:].sort(1).values
-        assert (rows.diff() > 0).all() and set(rows.flatten().tolist()) <= set(other)
-        m = len(other)
-        uniform(Counter(rows.flatten().tolist()), m, n * K / m, (m - K) / (m - 1))
-        # how many come from the first third: hypergeometric, so narrower than draws with replacement
-        law = stats.hypergeom(m, m // 3, K)
-        hits = (rows < other[m // 3]).sum(1).double()
-        assert abs(float(hits.mean()) - law.mean()) < 5 * law.std() / n**0.5
-        assert abs(float(hits.var()) / law.var() - 1) < 5 * (2 / n) ** 0.5
-
-
-def test_tries_suffice():
-    """Against simulated draws: their mean, and their most by far."""
-    rng = np.random.default_rng(0)
-    for n, k in ((1000, 1), (1000, 300), (4000, 1800)):
-        needed = []
-        for _ in range(300):
-            _, first = np.unique(rng.integers(n, size=6 * n), return_index=True)
-            needed.append(np.sort(first)[k - 1] + 1)
-        assert np.mean(needed) + 8 * np.std(needed) < draws_for(k, n) < np.mean(needed) + 16 * np.std(needed) + 110
-
-
-def test_draws_of_one_batch_differ():
-    rows = memory(BALANCED, 9).draw(torch.zeros(50, dtype=torch.int64))[:, 1:].sort(1).values
-    assert len({tuple(row) for row in rows.tolist()}) > 45
-
-
 def test_relax_draws_every_sample_of_the_class_alike():
     bank, n = memory(GAPS, 2, "relax", seed=2), 2000
     found = [Counter() for _ in GAPS]
@@ -213,42 +154,9 @@ def test_the_generator_goes_on_where_it_was(drawn_before):
         assert all(torch.equal(other.draw(index), w) for w in want)
 
 
-def test_the_state_holds_banks_and_constants():
-    bank = memory(BALANCED, 5)
-    assert {"memory_v1", "memory_v2", "Z_v1", "Z_v2"} <= set(bank.state_dict())
-    assert not list(bank.parameters())
-
-
-def test_first_content():
-    """Uniform within 1 / sqrt(feat_dim / 3), the two banks different."""
-    bank = memory([0, 1] * 500, 5, feat_dim=48)
-    for rows in (bank.memory_v1, bank.memory_v2):
-        assert rows.shape == (1000, 48) and 0.2499 < rows.abs().max() <= 0.25
-        assert abs(float(rows.mean())) < 0.003 and float(rows.std()) == pytest.approx(0.25 / math.sqrt(3), rel=0.01)
-    assert not torch.equal(bank.memory_v1, bank.memory_v2)
-
-
 def embeddings(n, seed, dim=6):
     noise = torch.Generator().manual_seed(seed)
     return torch.nn.functional.normalize(torch.randn(n, dim, generator=noise), dim=1)
-
-
-def test_update_moves_the_rows_of_the_batch_only():
-    bank = memory(BALANCED, 5)
-    bank.momentum = 0.7
-    index = torch.tensor([4, 0, 17])
-    before = {name: getattr(bank, name).clone() for name in ("memory_v1", "memory_v2")}
-    v = {"memory_v1": embeddings(3, 1), "memory_v2": embeddings(3, 2)}
-    bank.update(index, v["memory_v1"], v["memory_v2"])
-    rest = [i for i in range(24) if i not in index]
-    for name, old in before.items():
-        new = getattr(bank, name)
-        assert torch.equal(new[rest], old[rest])
-        for i, e in zip(index.tolist(), v[name].tolist(), strict=True):
-            row = [0.7 * a + 0.3 * b for a, b in zip(old[i].tolist(), e, strict=True)]
-            norm = math.sqrt(sum(x * x for x in row))
-            assert new[i].tolist() == pytest.approx([x / norm for x in row], abs=1e-6)
-            assert float(new[i].norm()) == pytest.approx(1, abs=1e-6)
 
 
 def test_update_of_opposite_vectors_stays_finite():
@@ -258,37 +166,6 @@ def test_update_of_opposite_vectors_stays_finite():
     bank.memory_v1[3] = -v[0]
     bank.update(index, v, v)  # half of each: nothing is left to normalise
     assert bank.memory_v1.isfinite().all()
-
-
-def test_update_keeps_no_graph():
-    bank = memory(BALANCED, 5)
-    v = embeddings(2, 0).requires_grad_()
-    bank(v, v, bank.draw(torch.tensor([1, 2])))[0].sum().backward()
-    bank.update(torch.tensor([1, 2]), v, v)
-    for buffer in bank.buffers():
-        assert buffer.is_leaf and not buffer.requires_grad
-    copy.deepcopy(bank.state_dict())
-
-
-def test_constants_are_set_once():
-    """By the first batch, from its scores against the other's bank; later batches are divided by them too."""
-    bank = memory(BALANCED, 5)
-    assert float(bank.Z_v1) == float(bank.Z_v2) == 0
-    for step in range(3):
-        idx = bank.draw(torch.tensor([step, step + 7]))
-        v_s, v_t = embeddings(2, step), embeddings(2, step + 10)
-        raw = []
-        for v, rows in ((v_s, bank.memory_v2), (v_t, bank.memory_v1)):
-            v, rows = v.double().tolist(), rows.double().tolist()
-            out = [[sum(a * b for a, b in zip(v[n], rows[k], strict=True)) for k in idx[n].tolist()] for n in range(2)]
-            raw.append([[math.exp(x / 0.07) for x in row] for row in out])
-        if step == 0:
-            Z = [sum(map(sum, out)) / 12 * 24 for out in raw]
-        p_s, p_t = bank(v_s, v_t, idx)
-        assert [float(bank.Z_v1), float(bank.Z_v2)] == pytest.approx(Z, rel=1e-5)
-        for p, out, z in zip((p_s, p_t), raw, Z, strict=True):
-            assert p.flatten().tolist() == pytest.approx([x / z for row in out for x in row], rel=1e-4)
-        bank.update(torch.tensor([step, step + 7]), v_s, v_t)
 
 
 def test_gradients_reach_the_embeddings_and_not_the_banks():
@@ -305,3 +182,37 @@ def test_one_class_only_is_refused():
     """Nothing to contrast with: a sentence, not an index out of range in the middle of a run."""
     with pytest.raises(DistillError):
         create_distiller("crd", {"nce_k": 4}, s_dim=3, t_dim=3, labels=[5] * 8)
+LARGE = {"equal": [c for c in range(10) for _ in range(200)], "unequal": [0] * 900 + [1] * 500 + [2] * 590 + [3] * 10}
+
+
+@pytest.mark.parametrize("labels", LARGE.values(), ids=LARGE)
+def test_few_of_many_negatives(labels):
+    """K far below the number of negatives: these are drawn in another way, of which all the same is asked."""
+    bank, n, K = memory(labels, 300, seed=6), 400, 300
+    assert bank.tries < bank.n_neg_range[1] / 2
+    for i in (0, 950, 1999):
+        other = others(labels, i)
+        idx = bank.draw(torch.full((n,), i))
+        assert idx.shape == (n, 1 + K) and (idx[:, 0] == i).all()
+        rows = idx[:, 1:].sort(1).values
+        assert (rows.diff() > 0).all() and set(rows.flatten().tolist()) <= set(other)
+        m = len(other)
+        uniform(Counter(rows.flatten().tolist()), m, n * K / m, (m - K) / (m - 1))
+        # how many come from the first third: hypergeometric, so narrower than draws with replacement
+        law = stats.hypergeom(m, m // 3, K)
+        hits = (rows < other[m // 3]).sum(1).double()
+        assert abs(float(hits.mean()) - law.mean()) < 5 * law.std() / n**0.5
+        assert abs(float(hits.var()) / law.var() - 1) < 5 * (2 / n) ** 0.5
+
+
+def test_tries_suffice():
+    """Against simulated draws: their mean, and their most by far."""
+    rng = np.random.default_rng(0)
+    for n, k in ((1000, 1), (1000, 300), (4000, 1800)):
+        needed = []
+        for _ in range(300):
+            _, first = np.unique(rng.integers(n, size=6 * n), return_index=True)
+            needed.append(np.sort(first)[k - 1] + 1)
+        assert np.mean(needed) + 8 * np.std(needed) < draws_for(k, n) < np.mean(needed) + 16 * np.std(needed) + 110
+
+

@@ -194,7 +194,7 @@ def bad(args, said, script=train_student):
         bad(["--learning_rate", "inf"], "inf is out of range"),
         bad(["--lr_decay_epochs", "a,b"], "is not a list of epochs"),
         bad(["--batch_size", "67"], "--batch_size 67 is larger than the training set (66 images)"),
-        bad(["--batch_size", "1", "--distill", "kd", "pkt"], "--batch_size 1: pkt compares the samples of a batch, at"),
+        bad(["--batch_size", "1", "--distill", "kd", "pkt"], "--batch_size 1: pkt compares the samples of a batch"),
         bad(
             ["--batch_size", "65", "--distill", "none", "--model_s", "vgg8", "--image_size", "8"],
             "--batch_size 65: leaves one of the 66 training images for the last batch",
@@ -204,7 +204,7 @@ def bad(args, said, script=train_student):
         bad(["--device", "cuda:77"], "--device cuda:77"),
         bad(["--device", "tpu"], "--device tpu"),
         bad(["--trial", "a/b"], "is not a name for a folder"),
-        bad(["--data_folder", "nowhere"], "nowhere does not exist"),
+        bad(["--data_folder", "nowhere"], "nowhere needs folders"),
         bad(["--path_t", "nowhere.pth"], "nowhere.pth: no such checkpoint file"),
         bad(["--model_t", "vgg8"], "not a vgg8: lacks block0.0.bias"),
         bad(["--model", "resnet9"], "unknown network 'resnet9'", train_teacher),
@@ -250,12 +250,8 @@ def damaged(kind, teacher, folder):
         torch.save({"model": Evil()}, path)
     elif kind == "list":
         torch.save([1, 2], path)
-    elif kind == "unnamed":
-        torch.save({"model": weights(teacher)}, path)
     elif kind == "no weights":
         torch.save({"model": {"a": 1}, "arch": "resnet8"}, path)
-    elif kind == "foreign arch":
-        torch.save({"model": weights(teacher), "arch": "alexnet"}, path)
     elif kind == "classes":
         torch.save({"model": create_model("resnet8", 7).state_dict(), "arch": "resnet8"}, path)
     elif kind == "said classes":
@@ -263,10 +259,10 @@ def damaged(kind, teacher, folder):
     return path
 
 
-KINDS = ["truncated", "empty", "flipped bit", "nan", "keys", "text", "code", "list", "unnamed", "no weights"]
+KINDS = ["truncated", "empty", "flipped bit", "nan", "keys", "text", "code", "list", "no weights"]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "foreign arch", "classes", "said classes"])
+@pytest.mark.parametrize("kind", [*KINDS, "classes", "said classes"])
 def test_bad_checkpoints(kind, data, teacher, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path, out = damaged(kind, teacher, tmp_path), tmp_path / "out"
@@ -346,7 +342,7 @@ def test_the_main_job_in_miniature(tmp_path):
     out = sh("train_student.py", *small, "--path_t", path, "--distill", "none", "kd", "icd", "crd", "--nce_k", "64")
     assert out.count(": last ") == 4
     out = sh("scripts/report.py", tmp_path)
-    for row in ("resnet8, teacher", "resnet8, alone", "resnet8, kd", "resnet8, icd", "resnet8, crd"):
+    for row in ("resnet8, teacher", "resnet8, baseline", "resnet8, kd", "resnet8, icd", "resnet8, crd"):
         assert row in out
     picture = tmp_path / "report.png"
     assert f"picture: {picture}" in out and picture.read_bytes().startswith(b"\x89PNG")

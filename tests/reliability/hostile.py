@@ -30,7 +30,7 @@ SOAK = int(os.environ.get("DISTILLERS_SOAK", "1"))
 QUICK = 4  # cases of each kind without the slow tests
 MEMORY = 2**31  # bytes that a case may use
 PATIENCE = 30  # seconds
-LONGEST = 1100  # characters of a sentence; some list all networks
+LONGEST = 5100  # characters of a sentence; some list all networks, or twenty files
 UNSEEN = DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning  # not shown by default
 NOWHERE = "http://127.0.0.1:9/nothing"
 
