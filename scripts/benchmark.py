@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py                               steps of kd, nst and crd
     python scripts/benchmark.py --methods fsp icd --pairs vgg13:vgg8 --variants fp32 bf16
-    python scripts/benchmark.py --together                    2, 5 and 15 students of one teacher at once
+    python scripts/benchmark.py --together                    2, 5 and all methods as students of one teacher at once
     python scripts/benchmark.py --teacher                     the teacher alone, by the number of batches at once
     python scripts/benchmark.py --epoch                       an epoch of kd with evaluation
     python scripts/benchmark.py --losses nst crd              losses alone
@@ -205,10 +205,10 @@ def network_pair(text: str) -> tuple[str, str]:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser, positive = Parser(description=__doc__), number(int, 1)
     pairs, workers = [network_pair(pair) for pair in PAIRS], min(8, os.cpu_count() or 1)
-    names = ", ".join(REFERENCES)
+    names, most = ", ".join(REFERENCES), len(METHODS["together"])
     add = parser.add_argument
     add("--losses", nargs="*", choices=REFERENCES, metavar="METHOD", help=f"losses alone, some of {names} (all)")
-    add("--together", nargs="*", type=positive, metavar="N", help="the first N methods at once (2 5 15)")
+    add("--together", nargs="*", type=positive, metavar="N", help=f"the first N methods at once (2 5 {most})")
     add("--teacher", action="store_true", help="the teacher's forward pass, of 1, 2, 4 and 8 batches at once")
     add("--epoch", action="store_true", help="whole epochs with evaluation")
     add("--all", action="store_true", help="all parts, and all variants that may pay on the device")

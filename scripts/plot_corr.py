@@ -8,7 +8,6 @@ colour scale. The mean absolute difference is printed, and stands above each map
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def correlation(logits: np.ndarray) -> np.ndarray:
 def heat_maps(differences: dict[str, np.ndarray]) -> Figure:
     """A map for each student, all with one scale."""
     columns = min(len(differences), 4)
-    rows = math.ceil(len(differences) / columns)
+    rows = -(-len(differences) // columns)
     figure = Figure(figsize=(2.6 * columns + 1.4, 2.9 * rows + 0.4))
     limit = max(float(np.abs(d).max()) for d in differences.values()) or 1.0
     for i, (name, difference) in enumerate(differences.items(), 1):
@@ -52,6 +51,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--path_s", type=Path, required=True, nargs="+", metavar="FILE", help="students' checkpoints")
     add("--model_t", metavar="NAME", help="the teacher's network (read from the checkpoint, or from its folder's name)")
     add("--model_s", metavar="NAME", help="the students' network (likewise)")
+    add("--part_t", metavar="KEY", help="which network of a teacher's checkpoint that holds several")
+    add("--part_s", metavar="KEY", help="likewise of the students' checkpoints")
     plotting.add_data_options(parser)
     add("--output", type=plotting.picture_file, default=Path("save/corr.png"), help=".png or .pdf (save/corr.png)")
     return parser.parse_args(argv)
@@ -59,8 +60,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     opt = parse(argv)
-    teacher = plotting.load_network(opt.path_t, opt.model_t, "--model_t")
-    students = [plotting.load_network(path, opt.model_s, "--model_s") for path in dict.fromkeys(opt.path_s)]
+    teacher = plotting.load_network(opt.path_t, opt.model_t, "--model_t", opt.part_t)
+    students = [plotting.load_network(path, opt.model_s, "--model_s", opt.part_s) for path in dict.fromkeys(opt.path_s)]
     source = plotting.load_data(opt, teacher, *students)
     target, differences = correlation(plotting.outputs(teacher, source, opt.device)[1]), {}
     names = plotting.distinct(*([getattr(s, key) for s in students] for key in ("name", "trial", "path")))

@@ -38,8 +38,7 @@ def scatter(points: np.ndarray, labels: np.ndarray, names: tuple[str, ...], titl
     figure = Figure(figsize=(7, 5.4))
     axes = figure.subplots()
     axes.set_prop_cycle(MARKERS)
-    present = np.unique(labels).tolist()
-    for c in present:
+    for c in (present := np.unique(labels).tolist()):
         axes.plot(*points[labels == c].T, linestyle="", markersize=4, alpha=0.8)
     axes.set_title(plotting.shown(title, 56), fontsize=10, loc="left")
     axes.set(xticks=[], yticks=[])
@@ -54,6 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--path", type=Path, required=True, metavar="FILE", help="a checkpoint, ours or a published one")
     add("--model", metavar="NAME", help="its network (read from the checkpoint, or from its folder's name)")
+    add("--part", metavar="KEY", help="which network of a checkpoint that holds several")
     add("--of", choices=("features", "logits"), default="features", help="what is plotted (features)")
     add("--classes", type=number(int, 1), default=10, help="the first so many classes (10)")
     add("--samples", type=number(int, FEWEST), default=2000, help="test images at most (2000)")
@@ -65,15 +65,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     opt = parse(argv)
-    network = plotting.load_network(opt.path, opt.model, "--model")
+    network = plotting.load_network(opt.path, opt.model, "--model", opt.part)
     source = plotting.load_data(opt, network, other_classes=opt.of == "features")
     source = select(source, opt.samples, opt.classes, opt.seed)
     values = plotting.outputs(network, source, opt.device)[opt.of == "logits"]
     if not np.ptp(values, axis=0).any():
         raise RunError(f"{network.path}: its {opt.of} are the same for every image")
-    tsne = TSNE(perplexity=min(40, (len(values) - 1) / 3), init="pca", random_state=opt.seed)
     title = f"{network.name}: {opt.of} of {len(values):,} test images of {opt.dataset}"
-    points = tsne.fit_transform(values)
+    points = TSNE(perplexity=min(40, (len(values) - 1) / 3), init="pca", random_state=opt.seed).fit_transform(values)
     plotting.write_picture(scatter(points, source.test_labels, source.class_names, title), opt.output)
 
 

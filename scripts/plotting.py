@@ -108,9 +108,9 @@ def distinct(names: list[str], *columns: list) -> list[str]:
     return names
 
 
-def load_network(path: Path, arch: str | None, flag: str) -> Network:
-    """A checkpoint, ours or a published one, named after its run or its folder; flag: by which the user names arch."""
-    arch, n_cls, model, about = checkpoint.load_network(path, arch, flag)
+def load_network(path: Path, arch: str | None, flag: str, part: str | None = None) -> Network:
+    """A checkpoint, ours or a published one, named after its run or its folder; arguments as of helper.checkpoint's."""
+    arch, n_cls, model, about = checkpoint.load_network(path, arch, flag, part)
     run = {"name": f"{arch}, {path.absolute().parent.name}", "trial": path.stem}
     run = describe(path.parent) if path.with_name("config.json").is_file() else run
     return Network(path, run["name"], run["trial"], n_cls, model, about)

@@ -107,6 +107,12 @@ def test_forms_that_differ_are_refused(name, wrong, tmp_path, monkeypatch, capsy
     assert code == 2 and f"{name} resnet20:resnet8" in err and not out and not list(tmp_path.iterdir())
 
 
+def test_times_of_a_teacher_are_of_one_batch(monkeypatch):
+    monkeypatch.setattr(benchmark, "milliseconds", lambda sides, rounds: [[5.0 * n] for n in (1, 2, 4, 8)])
+    rows = list(benchmark.teachers("teacher", benchmark.parse(SMALL), 1, CPU))
+    assert rows and all(numbers["ms"] == [[5.0]] * 4 for _, numbers in rows)
+
+
 def test_sides_are_interleaved():
     calls = []
     sides = [lambda name=name: calls.append(name) or len(calls) for name in "abc"]
@@ -128,6 +134,8 @@ for _ in range(2):
     assert 47 < extra_memory(side, CPU) / 2**20 < 60
 held = torch.ones(12, 2**20)
 assert extra_memory(lambda: held.sum(), CPU) / 2**20 < 12
+del held
+assert extra_memory(lambda: torch.ones(2**20), CPU) / 2**20 < 12
 """
 
 
@@ -156,7 +164,7 @@ def setting():
     return bench_steps.Setting(source, bench_steps.random_teacher(PAIR[0], source, CPU), batches, CPU, 0)
 
 
-WEIGHTS = {"hint": 10, "attention": 100, "similarity": 100, "rkd": 0.1, "pkt": 3000, "factor": 10}  # of steep losses
+WEIGHTS = {"hint": 10, "attention": 100, "similarity": 100, "rkd": 0.1, "pkt": 3000, "factor": 10, "dist": 0.1}  # steep
 OWN = {name: ["-b", str(beta)] for name, beta in WEIGHTS.items()} | {n: ["--nce_k", "64"] for n in ("crd", "rrd")}
 
 
@@ -199,7 +207,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize(("name", "first", "reads"), [("kd", False, 3), ("fsp", True, 1), ("crd", False, 3 + 4)])
 def test_how_a_plain_step_is_computed(name, first, reads, setting):
     """Contiguous, in float32, without fused kernels; loss, accuracies and CRD's constants are read from the device."""
-    loop = PlainLoop(setting, options(name, "--no-channels_last"), first)
+    loop, _ = PlainLoop(setting, options(name, "--no-channels_last"), first), OurLoop(setting, options(name), first)
     nets = [*loop.student.model.parameters(), *loop.teacher.model.parameters()]
     assert all(p.is_contiguous() and p.dtype == torch.float32 for p in nets)
     batch = next(iter(loop.loader))
@@ -270,8 +278,8 @@ def test_an_epoch_that_fails_is_refused(setting):
 @pytest.mark.parametrize(
     ("args", "parts", "together"),
     [
-        ([], ["steps"], [2, 5, 15]),
-        (["--losses"], ["losses"], [2, 5, 15]),
+        ([], ["steps"], [2, 5, len(bench_steps.METHODS["together"])]),
+        (["--losses", "--methods", "kd", "sp", "at"], ["losses"], [2, 3]),
         (["--epoch", "--together", "3", "4"], ["together", "epoch"], [3, 4]),
         (["--together", "--methods", "kd", "sp", "at", "kd"], ["together"], [2, 3]),
         (["--all", "--methods", "kd", "--losses", "crd"], list(ROWS), [1]),
@@ -303,7 +311,7 @@ def test_variants_are_options_of_the_script(variant):
         (["--pairs", "resnet20:resnet9"], "resnet20:resnet9"),
         (["--device", "abacus"], "--device"),
         (["--losses", "nst", "--output", __file__], __file__),
-        (["--methods", "rkd", "--batch_size", "2"], "--batch_size 2"),
+        (["--all", "--batch_size", "2", "--output", "here"], "--batch_size 2"),  # before the first part is measured
         (["--together", "3", "--methods", "kd", "at"], "--together 3"),
         (["--images", "3"], "3 images"),
         (["--methods", "fsp", "--pairs", "wrn_40_2:wrn_40_1"], "fsp"),

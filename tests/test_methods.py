@@ -4,7 +4,6 @@ import math
 import random
 import re
 from collections import deque
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from distiller_zoo import (
 from distiller_zoo.base import standardise
 from models import ModelError, create_model, model_dict
 from models.util import feature_shapes, head
+from scripts.bench.losses import REFERENCES
 
 # How a student's map differs from the teacher's, and the batch.
 CASES = [("equal", 3), ("smaller", 1), ("smaller", 4), ("larger", 5), ("crossed", 2), ("crossed", 9), ("few", 4)]
@@ -229,26 +229,6 @@ def pkt(f_s, f_t, p, method, known):
     return mean([t * ((t + 1e-7) / (s + 1e-7)).log() for s, t in pairs])
 
 
-def nst(g_s, g_t, p, method, known):
-    def kernel(a, b):
-        return mean([(x @ y) ** 2 for m, n in zip(a, b, strict=True) for x in m for y in n])
-
-    loss = 0.0
-    for f_s, f_t in zip(g_s, g_t, strict=True):
-        f_s, f_t = ([[unit(plane.flatten()) for plane in x] for x in f] for f in pooled(f_s, f_t))
-        loss = loss + kernel(f_t, f_t) + kernel(f_s, f_s) - 2 * kernel(f_s, f_t)
-    return loss
-
-
-def fsp(g_s, g_t, p, method, known):
-    def flow(low, high):
-        low, high = pooled(low, high)
-        return torch.stack([(a * b).mean() for x, y in zip(low, high, strict=True) for a in x for b in y])
-
-    flows = zip(pairwise(g_s), pairwise(g_t), strict=True)
-    return sum(squared_error(flow(*two_s), flow(*two_t)) for two_s, two_t in flows)
-
-
 def abound(g_s, g_t, p, method, known):
     loss = 0.0
     for i, (f_s, f_t) in enumerate(zip(g_s, g_t, strict=True)):
@@ -278,18 +258,6 @@ def factor_first(f_s, f_t, p, method, known):
     return squared_error(three(code, p, "paraphraser.decoder", F.conv_transpose2d), f_t)
 
 
-def crd(f_s, f_t, p, method, known):
-    memory, n_data = method.contrast, len(LABELS)
-    c = (method.drawn.size(1) - 1) / n_data
-    loss = 0.0
-    for side, f, bank in (("embed_s", f_s, memory.memory_v2), ("embed_t", f_t, memory.memory_v1)):
-        e = [unit(v) for v in linear(f, p, side)]
-        out = torch.stack([(bank[row] @ v / memory.T).exp() for v, row in zip(e, method.drawn, strict=True)])
-        for own, *others in out / (out.mean().detach() * n_data):  # a constant, set by the first batch
-            loss = loss - (own / (own + c + 1e-7)).log() - sum((c / (x + c + 1e-7)).log() for x in others)
-    return loss / len(f_s)
-
-
 def icd(f_s, f_t, p, method, known):
     e_s, e_t = ([unit(v) for v in linear(f, p, side)] for f, side in ((f_s, "embed_s"), (f_t, "embed_t")))
     logits = torch.stack([torch.stack([p["log_tau"].exp() * (a @ b) + p["b"] for b in e_t]) for a in e_s])
@@ -304,24 +272,6 @@ def rrd(f_s, f_t, p, method, known):
         p_s, p_t = softmax(method.queue @ unit(a) / 0.04), softmax(method.queue @ unit(b) / 0.1)
         loss = loss - (p_t * p_s.log()).sum()
     return loss / len(f_s)
-
-
-def kdsvd(g_s, g_t, p, method, known):
-    def principal(s, t):
-        v_s, v_t = (torch.linalg.svd(f.flatten(1).T, full_matrices=False).Vh for f in (s, t))
-        v_t = v_t[0] * v_t[0].sum().sign()
-        v_s = max(v_s[:4], key=lambda v: abs(v @ v_t))
-        return v_s * (v_s @ v_t).sign().detach(), v_t
-
-    def kernel(low, high):
-        return torch.stack([(-((a - b) ** 2) / 8).exp() for a in high for b in low])
-
-    loss = 0.0
-    for n in range(len(g_s[0])):
-        found = [principal(f_s[n], f_t[n]) for f_s, f_t in zip(g_s, g_t, strict=True)]
-        for (low_s, low_t), (high_s, high_t) in pairwise(found):
-            loss = loss + (kernel(low_s, high_s) - kernel(low_t, high_t)).square().sum()
-    return loss / len(g_s[0])
 
 
 def without(v, i):
@@ -438,11 +388,24 @@ def reviewkd(g_s, g_t, p, method, known):
     return 0.25 * loss
 
 
+def of_benchmark(name):
+    """The benchmark's form, which trains the method's own parameters, not those that are passed."""
+
+    def reference(f_s, f_t, p, method, known):
+        loss = REFERENCES[name](method, f_s, f_t, **({"index": method.drawn} if name == "crd" else {}))
+        for Z in (method.contrast.Z_v1, method.contrast.Z_v2) if name == "crd" else ():
+            Z.zero_()  # as the product's first batch sets them, too
+        return loss
+
+    return reference
+
+
 MAIN = {"hint": hint, "attention": attention, "similarity": similarity, "correlation": correlation, "vid": vid}
-MAIN |= {"rkd": rkd, "pkt": pkt, "factor": factor, "nst": nst, "kdsvd": kdsvd, "crd": crd, "icd": icd, "rrd": rrd}
+MAIN |= {"rkd": rkd, "pkt": pkt, "factor": factor, "icd": icd, "rrd": rrd}
 MAIN |= {"dkd": dkd, "rld": rld, "nkd": nkd, "dist": dist, "ttm": ttm, "wttm": wttm, "itrd": itrd, "srrl": srrl}
 MAIN |= {"simkd": simkd, "reviewkd": reviewkd}
-FIRST = {"abound": abound, "fsp": fsp, "factor": factor_first}
+MAIN |= {name: of_benchmark(name) for name in ("nst", "crd", "kdsvd")}
+FIRST = {"abound": abound, "fsp": of_benchmark("fsp"), "factor": factor_first}
 LOOP_ONLY = {"none", "kd"}  # no term of their own: kd_loss is tested below
 
 
@@ -511,13 +474,16 @@ def test_value_and_gradients(name, stage, relation, batch):
     method, known = build(name, g_s, g_t), known_of(g_s, g_t)
     move_off_start(method)
     keep_draw(method, batch)
-    params = {key: p.detach().clone().requires_grad_() for key, p in method.named_parameters()}
+    params = dict(method.named_parameters())
+    if name not in REFERENCES:
+        params = {key: p.detach().clone().requires_grad_() for key, p in params.items()}
     reference = (MAIN if stage == "main" else FIRST)[name]
     want = torch.as_tensor(reference(g_s[method.feats], g_t[method.feats], params, method, known))
     if want.requires_grad:
         want.backward()
     leaves = leaves_of(method, g_s, known)
     wanted, wanted_params = grads_or_zeros(leaves), {key: grads_or_zeros([p])[0] for key, p in params.items()}
+    method.zero_grad(set_to_none=True)
     for leaf in leaves:
         leaf.grad = None
 
