@@ -3,6 +3,7 @@
     python scripts/benchmark.py                               steps of kd, nst and crd
     python scripts/benchmark.py --methods fsp icd --pairs vgg13:vgg8 --variants fp32 bf16
     python scripts/benchmark.py --together                    2, 5 and all methods as students of one teacher at once
+    python scripts/benchmark.py --cost                        a step of each method relative to KD's
     python scripts/benchmark.py --teacher                     the teacher alone, by the number of batches at once
     python scripts/benchmark.py --epoch                       an epoch of kd with evaluation
     python scripts/benchmark.py --losses nst crd              losses alone
@@ -42,7 +43,7 @@ from scripts.bench.measure import extra_memory, interleaved, kernels, millisecon
 from scripts.bench.steps import FIRST, MACRO, METHODS, VARIANTS, Case, Loop
 
 PAIRS = ["wrn_40_2:wrn_16_2", "resnet32x4:resnet8x4"]
-ROUNDS = {"steps": 3, "together": 2, "teacher": 5, "epoch": 1, "losses": 7}
+ROUNDS = {"steps": 3, "together": 2, "cost": 3, "teacher": 5, "epoch": 1, "losses": 7}
 PROFILED = 3  # steps of which the kernels are counted
 
 Row = tuple[dict[str, str], dict]  # its cells by column, and the numbers behind them
@@ -121,6 +122,14 @@ def epoch_ms(loop: Loop) -> float:
     return timed(loop.epoch, 1) / len(loop.loader)
 
 
+def costs(part: str, opt: argparse.Namespace, rounds: int, device: torch.device) -> Iterator[Row]:
+    for name, on, variant, loop, kd in bench_steps.costs(opt, device):
+        print(f"{part}: {name} {on} {variant} ...", file=sys.stderr)
+        ms = interleaved([partial(step_ms, side, opt) for side in (loop, kd)], rounds)
+        cells = {"method": name, "on": on, "side": variant, "ms per step": spread(ms[0]), "KD's": spread(ms[1])}
+        yield cells | {"relative to KD": speed_up(ms[0], ms[1])}, {"ms": ms}
+
+
 def teachers(part: str, opt: argparse.Namespace, rounds: int, device: torch.device) -> Iterator[Row]:
     for arch, precision, sides in bench_steps.teachers(opt, device):
         print(f"{part}: {arch} {precision} ...", file=sys.stderr)
@@ -162,6 +171,10 @@ ON_STEPS = (
     "included; busy: their share of its time."
 )
 ON_EPOCHS = ON_STEPS.replace("{steps} steps", "an epoch of {images} images with evaluation, by its training steps")
+ON_COST = (
+    "A step of train_student.py, teacher included, batch size {batch_size}, interleaved with one of KD. Median "
+    "(min-max) of {rounds} rounds of {steps} steps; methods that are undefined on a pair are left out."
+)
 ON_TEACHERS = (
     "Milliseconds of the forward pass per {batch_size} images, given one, two, four or eight batches at once; on a GPU "
     "as a captured graph. Median (min-max) of {rounds} rounds."
@@ -169,6 +182,7 @@ ON_TEACHERS = (
 PARTS = {
     "steps": (steps, ON_STEPS),
     "together": (steps, ON_STEPS),
+    "cost": (costs, ON_COST),
     "teacher": (teachers, ON_TEACHERS),
     "epoch": (steps, ON_EPOCHS),
     "losses": (losses, ON_LOSSES),
@@ -209,6 +223,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--losses", nargs="*", choices=REFERENCES, metavar="METHOD", help=f"losses alone, some of {names} (all)")
     add("--together", nargs="*", type=positive, metavar="N", help=f"the first N methods at once (2 5 {most})")
+    add("--cost", action="store_true", help="a step of each method relative to KD's")
     add("--teacher", action="store_true", help="the teacher's forward pass, of 1, 2, 4 and 8 batches at once")
     add("--epoch", action="store_true", help="whole epochs with evaluation")
     add("--all", action="store_true", help="all parts, and all variants that may pay on the device")
@@ -223,7 +238,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", type=choose_device, default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     add("--output", type=Path, default=Path("save/benchmark"), help="folder of the results (save/benchmark)")
     opt = parser.parse_args(argv)
-    asked = {part: getattr(opt, part) not in (None, False) for part in ("losses", "together", "teacher", "epoch")}
+    asked = {
+        part: getattr(opt, part) not in (None, False) for part in ("losses", "together", "cost", "teacher", "epoch")
+    }
     opt.parts = [part for part in PARTS if opt.all or asked.get(part, not any(asked.values()))]
     for key in ("losses", "methods", "variants"):
         setattr(opt, key, list(dict.fromkeys(getattr(opt, key) or ())))

@@ -54,6 +54,7 @@ def run(tmp_path_factory):
 ROWS = {
     "steps": ["fsp, first stage", "fsp", "kd"],
     "together": ["2 methods together"],
+    "cost": ["fsp", "kd"],
     "teacher": ["resnet20"],
     "epoch": ["fsp", "kd"],
     "losses": ["nst", "crd"],
@@ -79,6 +80,8 @@ def test_the_table_shows_what_the_json_holds(part, run):
         number = {key: float(value.split()[0].rstrip(",")) for key, value in cell.items() if value[0].isdigit()}
         if part == "teacher":
             assert [number[key] for key in columns[2:]] == pytest.approx(list(map(median, row["ms"])), rel=0.006)
+        elif part == "cost":
+            assert number["relative to KD"] == pytest.approx(median(row["ms"][0]) / median(row["ms"][1]), rel=0.006)
         elif part == "losses":
             assert number["speed-up"] == pytest.approx(median(row["ms"][1]) / median(row["ms"][0]), rel=0.006)
             assert row["differences"][0] < 1e-4 and 0 < row["differences"][1] < 1e-4

@@ -23,7 +23,7 @@ from dataset import DataSource
 from dataset.cifar import CIFAR100_MOMENTS
 from dataset.loader import PAD, normalize
 from dataset.torchvision_import import torchvision
-from distiller_zoo import BASELINE, Distiller, distiller_dict
+from distiller_zoo import BASELINE, Distiller, DistillError, distiller_class, distiller_dict
 from helper.build import build_students, make_loaders, move_teacher
 from helper.cuda_graph import WARM_UP, CudaGraph
 from helper.loops import graph_of, train, validate
@@ -42,6 +42,7 @@ VARIANTS = {  # what our side is called with, as train_student.py
     "nchw": ["--precision", "fp32", "--no-channels_last"],
 }
 METHODS = {"steps": ["kd", "nst", "crd"], "epoch": ["kd"]}
+METHODS["cost"] = [name for name in distiller_dict if name != "kd"]
 METHODS["together"] = [name for name in distiller_dict if name not in (BASELINE, "kdsvd")]  # of run_cifar_distill.sh
 MACRO = (1, 2, 4, 8)  # batches that a teacher is given at once
 
@@ -266,7 +267,7 @@ def groups(part: str, opt: argparse.Namespace) -> Iterator[tuple[str, list[str],
             yield f"{n} methods together", methods[:n], False
         return
     for name in methods:
-        if part == "steps" and distiller_dict[name].init_modules is not Distiller.init_modules:
+        if part == "steps" and distiller_class(name).init_modules is not Distiller.init_modules:
             yield f"{name}, first stage", [name], True
         yield name, [name], False
 
@@ -281,13 +282,9 @@ def sensible(part: str, device: torch.device) -> list[str]:
 
 def cases(part: str, opt: argparse.Namespace, device: torch.device) -> Iterator[Case]:
     """part: steps, together or epoch; of --all, the last two on one pair only."""
-    source = synthetic(opt.images)
     variants = opt.variants or (sensible(part, device) if opt.all else ["fp32"])
     for pair in opt.pairs[:1] if opt.all and part != "steps" else opt.pairs:
-        options = partial(student_options, pair, opt.batch_size)
-        loader, _, _ = make_loaders(source, options([BASELINE]), device)
-        batches = list(islice(endless(loader), FIRST))
-        setting = Setting(source, random_teacher(pair[0], source, device), batches, device, opt.num_workers)
+        options, setting = partial(student_options, pair, opt.batch_size), make_setting(pair, opt, device)
         for what, names, first_stage in groups(part, opt):
             plain = ["--no-channels_last", "--no-graph"]
             sides = {"plain": [partial(PlainLoop, setting, options([name], plain), first_stage) for name in names]}
@@ -295,6 +292,25 @@ def cases(part: str, opt: argparse.Namespace, device: torch.device) -> Iterator[
                 sides[variant] = [partial(OurLoop, setting, options(names, VARIANTS[variant]), first_stage)]
             epochs = options(names).init_epochs if first_stage else options(names).epochs
             yield Case(what, ":".join(pair), sides, epochs)
+
+
+def make_setting(pair: tuple[str, str], opt: argparse.Namespace, device: torch.device) -> Setting:
+    source = synthetic(opt.images)
+    loader, _, _ = make_loaders(source, student_options(pair, opt.batch_size, [BASELINE]), device)
+    batches = list(islice(endless(loader), FIRST))
+    return Setting(source, random_teacher(pair[0], source, device), batches, device, opt.num_workers)
+
+
+def costs(opt: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, str, str, Loop, Loop]]:
+    """-> method, pair, variant, our loop of it, and that of KD; methods that are undefined on a pair are left out."""
+    for pair in opt.pairs[-1:] if opt.all else opt.pairs:
+        setting = make_setting(pair, opt, device)
+        for variant in opt.variants or ["fp32"]:
+            options = partial(student_options, pair, opt.batch_size, flags=VARIANTS[variant])
+            kd = OurLoop(setting, options(["kd"]), False)
+            for name in opt.methods or METHODS["cost"]:
+                with contextlib.suppress(DistillError):
+                    yield name, ":".join(pair), variant, OurLoop(setting, options([name]), False), kd
 
 
 def endless(loader) -> Iterator[Batch]:
