@@ -1,6 +1,7 @@
 """The networks, by name: `create_model("resnet8x4", n_cls=100)`."""
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 
 from torch import nn
@@ -11,7 +12,7 @@ from models.resnetv2 import ResNet50
 from models.reused import NAME, Reused
 from models.ShuffleNetv1 import ShuffleV1
 from models.ShuffleNetv2 import ShuffleV2
-from models.util import ModelError, known_first
+from models.util import ModelError
 from models.vgg import VGG
 from models.wrn import WideResNet
 
@@ -58,7 +59,8 @@ def create_model(name: str, n_cls: int) -> nn.Module:
         sizes = {key: int(value) for key, value in reused.groupdict("1").items() if key != "net"}
         return Reused(create_model(reused["net"], n_cls), n_cls=n_cls, **sizes)
     if name not in model_dict:
-        raise ModelError(f"unknown model {name!r}; known: {', '.join(known_first(name, model_dict))}")
+        closest = get_close_matches(name, model_dict, len(model_dict), cutoff=0)
+        raise ModelError(f"unknown model {name!r}; known: {', '.join(closest)}")
     model = model_dict[name](num_classes=n_cls)
     model.arch = name
     return model

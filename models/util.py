@@ -1,7 +1,6 @@
 """Building blocks shared by the model families, and helpers for any model: its head, its feature shapes."""
 
 from collections.abc import Callable, Iterable
-from difflib import SequenceMatcher
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +9,6 @@ from torch import Tensor, nn
 
 class ModelError(ValueError):
     """Bad input that concerns a model; the message is one sentence for the user."""
-
-
-def known_first(name: str, names: Iterable[str]) -> list[str]:
-    """The known names, sorted by their similarity to `name`."""
-    return sorted(names, key=lambda known: -SequenceMatcher(None, name.lower(), known.lower()).ratio())
 
 
 def conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
