@@ -22,7 +22,7 @@ from helper.checkpoint import load_network
 from helper.options import plain, weights_of
 from helper.run import Run
 from helper.student import Student, Teacher, forward_of
-from helper.util import RunError, choose_device, has_native_bf16, seed_all, stream
+from helper.util import RunError, choose_device, has_native_bf16, keep_buffers, seed_all, stream
 from models import create_model
 from models.util import feature_shapes, head
 
@@ -32,6 +32,8 @@ KD_T = 4.0  # published temperature of the KL term
 def set_up(opt: argparse.Namespace) -> torch.device:
     """What is set once for the process -> the device, which also decides what `auto` precision is."""
     device = choose_device(opt.device)
+    if device.type == "cpu":
+        keep_buffers()
     torch.autograd.set_detect_anomaly(opt.detect_anomaly)
     if opt.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise RunError("--compile: needs a C++ compiler, g++ or the one that the variable CXX names")
