@@ -17,7 +17,7 @@ from torch import nn
 
 from dataset import DataSource, load_dataset
 from dataset.loader import DeviceLoader, large_batch
-from distiller_zoo import create_distiller, distiller_class, method_options
+from distiller_zoo import Distiller, create_distiller, distiller_class, method_options
 from helper.checkpoint import load_network
 from helper.options import plain, weights_of
 from helper.run import Run
@@ -155,23 +155,10 @@ def build(
     Each is seeded by itself: nothing depends on what trains beside it. about: more entries of config.json
     """
     teacher = teacher or Teacher()
-    image_size = source.train_images.shape[1]
-    data: dict[str, Any] = {"labels": source.train_labels, "n_data": len(source.train_labels), "n_cls": source.n_cls}
-    for side, net in (("s", model), ("t", teacher.model)):
-        if net is not None:
-            data[f"{side}_shapes"] = feature_shapes(net, image_size)
-            data[f"{side}_dim"] = data[f"{side}_shapes"][-1][1]
-    data["head_t"] = head(teacher.model) if teacher.model is not None else None
-    check_last_batch([*data["s_shapes"], *data.get("t_shapes", ())], data["n_data"], opt)
-    published = settings_of(method, opt, teacher)
-    options = {**published, **getattr(opt, "options", {})}
-    options = {key: value for key, value in options.items() if key in method_options(method)}
-    T = published.get("kd_T", getattr(opt, "kd_T", None) or KD_T)
-    seed_all(opt.seed, "method", method)
-    distiller = create_distiller(method, options, **data).to(device)
+    distiller, settings = build_method(method, model, opt, source, teacher)
+    distiller = distiller.to(device)
     model = distiller.predictor(model)
     arch = getattr(model, "arch", arch)  # predictor() may have changed it
-    weights = weights_of(method, opt, published)
     config = {
         "role": role,
         **about,
@@ -181,17 +168,14 @@ def build(
         "teacher": teacher.arch,
         "teacher_crc32": teacher.crc32,
         "params": sum(p.numel() for p in model.parameters()),
-        "weights": weights,
-        "kd_T": T,
-        "options": options,
-        "published": published,
+        **settings,
         "dataset": opt.dataset,
         "n_cls": source.n_cls,
         "class_names": list(source.class_names),
         "data_crc32": source.crc32,
         "n_train": len(source.train_labels),
         "n_test": len(source.test_labels),
-        "image_size": image_size,
+        "image_size": source.train_images.shape[1],
         "mean": list(source.mean),
         "std": list(source.std),
         "device_type": device.type,  # CRD draws on the device
@@ -201,12 +185,37 @@ def build(
     model = model.to(device, memory_format=memory_format(opt))
     forward = forward_of(model, opt.precision, opt.compile)
     name = method if role == "student" else arch
-    student = Student(name, model, distiller, weights, run, T, forward, data["head_t"])
+    head_t = head(teacher.model) if teacher.model is not None else None
+    student = Student(name, model, distiller, settings["weights"], run, settings["kd_T"], forward, head_t)
     if (state := run.find(opt.resume)) is None:
         student.start(opt)
     else:
         restore(student, state, opt)
     return student
+
+
+def build_method(
+    method: str, model: nn.Module, opt: argparse.Namespace, source: DataSource, teacher: Teacher
+) -> tuple[Distiller, dict[str, Any]]:
+    """A method for a pair of networks -> (the method, its weights, temperature and options for config.json)."""
+    data: dict[str, Any] = {"labels": source.train_labels, "n_data": len(source.train_labels), "n_cls": source.n_cls}
+    for side, net in (("s", model), ("t", teacher.model)):
+        if net is not None:
+            data[f"{side}_shapes"] = feature_shapes(net, source.train_images.shape[1])
+            data[f"{side}_dim"] = data[f"{side}_shapes"][-1][1]
+            data[f"head_{side}"] = head(net)
+    check_last_batch([*data["s_shapes"], *data.get("t_shapes", ())], data["n_data"], opt)
+    published = settings_of(method, opt, teacher)
+    options = {**published, **getattr(opt, "options", {})}
+    options = {key: value for key, value in options.items() if key in method_options(method)}
+    seed_all(opt.seed, "method", method)
+    distiller = create_distiller(method, options, **data)
+    return distiller, {
+        "weights": weights_of(method, opt, published),
+        "kd_T": published.get("kd_T", getattr(opt, "kd_T", None) or KD_T),
+        "options": options,
+        "published": published,
+    }
 
 
 def restore(student: Student, state: dict, opt: argparse.Namespace) -> None:
