@@ -63,4 +63,5 @@ def standardise_channels(f: Tensor) -> Tensor:
 
 def purity(gram: Tensor) -> Tensor:
     """Sum of the squared entries of a Gram matrix scaled to trace 1: 2 to the power of minus its entropy."""
-    return (gram / gram.trace().clamp(min=1e-12)).square().sum()
+    # not trace(), whose gradient waits for the device
+    return (gram / gram.diagonal().sum().clamp(min=1e-12)).square().sum()

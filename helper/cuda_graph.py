@@ -68,7 +68,7 @@ class CudaGraph:
         graph = torch.cuda.CUDAGraph()
         generators = [g for s in self.students if s.has_term for g in s.distiller.generators()]
         before = [generator.clone_state() for generator in generators]  # a failed capture leaves them unusable
-        for generator in generators:
+        for generator in generators if torch.__version__ < (2, 14) else ():  # later versions find them
             graph.register_generator_state(generator)
         try:
             with torch.cuda.graph(graph, stream=self.stream):

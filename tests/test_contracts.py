@@ -215,7 +215,8 @@ class NoWait(TorchDispatchMode):
         self.seen.add(name)
         by_mask = name in INDEXED and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         by_counts = func is torch.ops.aten.repeat_interleave.Tensor and not (kwargs or {}).get("output_size")
-        if (name in READS or by_mask or by_counts) and name not in self.allowed:
+        by_value = func._overloadname == "int_Tensor" and name.startswith("index_fill")  # of trace's gradient, for one
+        if (name in READS or by_mask or by_counts or by_value) and name not in self.allowed:
             raise Waited(f"{func} waits for the device")
         return func(*args, **(kwargs or {}))
 
@@ -283,6 +284,7 @@ WAITS = {
     "equal": lambda x: torch.equal(x, x),
     "one_hot": lambda x: torch.nn.functional.one_hot(x.abs().long()),
     "repeat_interleave": lambda x: x.repeat_interleave(x[:, 0].abs().long(), 0),
+    "index_fill": lambda x: x.index_fill(0, torch.zeros(1, dtype=torch.int64), x.sum()),
     "svd": lambda x: torch.linalg.svd(x),
     "cholesky": lambda x: torch.linalg.cholesky(x @ x.T + torch.eye(len(x))),
 }
