@@ -23,8 +23,22 @@ python train_student.py --path_t "$teacher" --distill nst --model_s resnet8x4 -r
 python train_student.py --path_t "$teacher" --distill crd --model_s resnet8x4 -r 1 -a 0 -b 0.8 --trial "$trial"
 python train_student.py --path_t "$teacher" --distill rrd --model_s resnet8x4 -r 1 -a 0 -b 1 --trial "$trial"
 python train_student.py --path_t "$teacher" --distill icd --model_s resnet8x4 -r 1 -a 0 -b 1 --trial "$trial"
+python train_student.py --path_t "$teacher" --distill dkd --model_s resnet8x4 -r 1 -a 0 -b 1 --trial "$trial"
+python train_student.py --path_t "$teacher" --distill reviewkd --model_s resnet8x4 -r 1 -a 0 -b 5 --trial "$trial"
+python train_student.py --path_t "$teacher" --distill simkd --model_s resnet8x4 -r 0 -a 0 -b 1 --trial "$trial"
+python train_student.py --path_t "$teacher" --distill dist --model_s resnet8x4 -r 1 -a 0 -b 2 --trial "$trial"
+python train_student.py --path_t "$teacher" --distill ttm --model_s resnet8x4 -r 1 -a 0 -b 45 --trial "$trial"
+python train_student.py --path_t "$teacher" --distill wttm --model_s resnet8x4 -r 1 -a 0 -b 4 --trial "$trial"
+python train_student.py --path_t "$teacher" --distill itrd --model_s resnet8x4 -r 1 -a 0 -b 1 --trial "$trial"
+python train_student.py --path_t "$teacher" --distill rld --model_s resnet8x4 -r 1 -a 0 -b 1 --trial "$trial"
+python train_student.py --path_t "$teacher" --distill srrl --model_s resnet8x4 -r 1 -a 1 -b 1 --trial "$trial"
+python train_student.py --path_t "$teacher" --distill nkd --model_s resnet8x4 -r 1 -a 0 -b 1 --trial "$trial"
 
 # with KD
 python train_student.py --path_t "$teacher" --distill crd --model_s resnet8x4 -r 1 -a 1 -b 0.8 --trial "$trial"
 python train_student.py --path_t "$teacher" --distill rrd --model_s resnet8x4 -r 1 -a 1 -b 1 --trial "$trial"
 python train_student.py --path_t "$teacher" --distill icd --model_s resnet8x4 -r 1 -a 1 -b 1 --trial "$trial"
+
+# with standardised logits (weights and temperatures of the pair are the defaults), and the terms of two methods
+python train_student.py --path_t "$teacher" --distill kd dkd rld --model_s resnet8x4 --logit_stand --trial "$trial"
+python train_student.py --path_t "$teacher" --distill crd+wttm itrd+wttm --model_s resnet8x4 --trial "$trial"
