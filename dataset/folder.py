@@ -23,7 +23,7 @@ def folder(
     tests = [data_folder / name for name in ([test_folder] if test_folder else ["test", "val"])]
     existing = [path for path in tests if path.is_dir()]
     if not (train.is_dir() and existing):
-        needed = " or ".join(f"{path.name}/" for path in tests)
+        needed = " or ".join(f"{path.relative_to(data_folder)}/" for path in tests)
         raise DataError(f"{data_folder} needs folders train/ and {needed}, with a folder for each class in them")
     classes = list_classes(train, left_out)
     if len(classes) < 2:

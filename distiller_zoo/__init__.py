@@ -109,6 +109,9 @@ def split(name: str) -> dict[str, float | None]:
             part, weight = aliases.get(weighed[1], weighed[1]), float(weighed[2])
             if not 0 < weight < 1e9:
                 raise DistillError(f"'{name}': {weighed[2]} is not a weight")
+        before, _, after = part.partition(":")
+        if after and aliases.get(before, before) in distiller_dict:
+            raise DistillError(f"'{name}': {after} is not a weight")
         if part not in distiller_dict:
             known = [*distiller_dict, *aliases]
             near = get_close_matches(part, known, len(known), 0)

@@ -125,7 +125,7 @@ def build_students(
 
 
 def settings_of(method: str, opt: argparse.Namespace, teacher: Teacher) -> dict[str, float]:
-    """Weights, options and temperature that are published for a pair of networks, but for those that the user gave."""
+    """Weights, options and temperature that are published for a pair of networks, except where the user set them."""
     if teacher.model is None:
         return {}
     published = distiller_class(method).settings(teacher.arch, opt.model_s, opt.options)
@@ -203,7 +203,8 @@ def build_method(
         if net is not None:
             data[f"{side}_shapes"] = feature_shapes(net, source.train_images.shape[1])
             data[f"{side}_dim"] = data[f"{side}_shapes"][-1][1]
-            data[f"head_{side}"] = head(net)
+    if teacher.model is not None:
+        data["head_t"] = head(teacher.model)
     check_last_batch([*data["s_shapes"], *data.get("t_shapes", ())], data["n_data"], opt)
     published = settings_of(method, opt, teacher)
     options = {**published, **getattr(opt, "options", {})}
@@ -224,7 +225,7 @@ def restore(student: Student, state: dict, opt: argparse.Namespace) -> None:
         student.run.restore(state)
         student.start(opt)
         student.restore(state)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(f"{student.run.folder / 'resume.pth'}: does not fit this run ({error})") from error
 
 

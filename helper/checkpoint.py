@@ -100,7 +100,11 @@ def load(path: Path) -> dict:
     """Read a checkpoint: tensors, plain values and FOREIGN. Raises RunError for anything else, and says what it is."""
     if path.is_dir():
         inside = [file.relative_to(path) for pattern in ("*", "*/*") for file in sorted(path.glob(pattern))]
-        names = [str(file) for file in inside if file.suffix in SUFFIXES and file.name[0] != "."][:5]
+        names = [
+            str(file)
+            for file in inside
+            if file.suffix in SUFFIXES and file.name[0] != "." and file.name != "resume.pth"
+        ][:5]
         raise RunError(f"{path}: a folder; pass a checkpoint in it ({', '.join(names) or 'there is none'})")
     if not path.is_file():
         raise RunError(f"{path}: no such checkpoint file")
@@ -269,7 +273,7 @@ def _about(path: Path, content: dict, key: str) -> dict:
             raise RunError(f"{path}: what it says about its data cannot be read ({k})")
         del about[k]
     for k, value in (("epoch", about.pop("epoch", None)), ("accuracy", about.pop("accuracy", about.get("best_acc")))):
-        number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+        number = value.item() if _plain(value) and value.numel() == 1 else value
         if type(number) in (int, float) and abs(number) <= MOST:
             about[k] = number
     return about

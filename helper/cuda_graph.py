@@ -14,7 +14,7 @@ WARM_UP = 3  # eager steps before capture: kernels choose their algorithms, the 
 
 
 class CudaGraph:
-    """Calls a step for the columns of a plan (.., batch_size), from the fourth call on as a replay of its capture.
+    """Runs a step on a plan (.., batch_size), from the fourth call on by replaying its captured graph.
 
     A batch of another size (the short last one) is run eagerly. A new capture is made when the students change. All
     steps run on a stream of their own, as capture and the steps before it must.

@@ -21,7 +21,7 @@ from helper.student import Student, Teacher, count_hits
 
 
 class Result(NamedTuple):
-    """What a run has come to: accuracies in percent on the test images."""
+    """The outcome of a run: accuracies in percent on the test images."""
 
     name: str
     last: float
@@ -30,7 +30,7 @@ class Result(NamedTuple):
     seconds: float
     folder: Path
     failed: str = ""  # why it ended early
-    chosen: float = 0.0  # accuracy at the epoch that the held-out images choose
+    chosen: float = 0.0  # test accuracy at the epoch selected on the held-out images
     chosen_epoch: int = 0
 
     def __str__(self) -> str:
@@ -86,9 +86,10 @@ def train(
                 student.run.save_state(student.state_dict())
             interrupt.check()
             saved = time.monotonic()
+    students = drop_nonfinite(students, epoch)
     for student in students:
         student.run.step = 0
-    return drop_nonfinite(students, epoch)
+    return students
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from dataset import dataset_dict
-from distiller_zoo import DistillError, distiller_class, distiller_dict, method_name, method_options
+from distiller_zoo import Distiller, DistillError, distiller_class, distiller_dict, method_name, method_options
 from models import default_lr, model_dict
 
 LR = 0.05  # published; default_lr names the networks that are trained with another
@@ -25,7 +25,7 @@ on_off = argparse.BooleanOptionalAction
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, exit code 2.
 
-    `free` collects the options that no number of a run depends on: they may change when it is resumed.
+    `free` collects the options that do not affect results: they may change when a run is resumed.
     """
 
     def __init__(self, **kwargs):
@@ -135,7 +135,7 @@ def parser_for(description: str, **defaults) -> Parser:
         "--val_split",
         type=number(float, 0, 0.9),
         default=0.0,
-        help="share of the training images to choose an epoch by",
+        help="share of the training images held out to select the best epoch",
     )
     add(
         "--save_minutes",
@@ -206,12 +206,14 @@ def check_methods(parser: Parser, opt: argparse.Namespace, takers: dict[str, lis
     for key, methods in takers.items():
         if getattr(opt, key) is not None and key not in known:
             parser.error(f"--{key}: not an option of {', '.join(opt.distill)}, but of {', '.join(methods)}")
-    parser.free.add("options")  # compared beside, as are the teacher, the method and its weights
+    parser.free.add("options")  # compared separately, like the teacher, the method and its weights
     opt.options = {key: value for key in takers if (value := getattr(opt, key)) is not None}
     for key in takers:
         delattr(opt, key)
     for name, cls in classes.items():
         weights = weights_of(name, opt)
+        if cls.forward is Distiller.forward:
+            weights["beta"] = 0  # there is no term for it to weigh
         if not any(weights.values()):
             parser.error(f"-r -a -b: nothing is left of the loss of {name}")
         if opt.batch_size < cls.min_batch and weights.get("beta"):
@@ -224,7 +226,7 @@ def check_methods(parser: Parser, opt: argparse.Namespace, takers: dict[str, lis
 
 
 def finish(parser: Parser, argv: list[str] | None, model: str) -> argparse.Namespace:
-    """Parse; defaults that depend on other options."""
+    """Parse, then fill in defaults that depend on other options."""
     opt = parser.parse_args(argv)
     if opt.learning_rate is None:
         opt.learning_rate = default_lr.get(getattr(opt, model), LR)

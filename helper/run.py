@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, and how far it has got."""
+"""A run's folder and its progress."""
 
 from __future__ import annotations
 
@@ -21,18 +21,14 @@ from helper.util import RunError, code_version, versions
 # How far a run has got: whole epochs of the first and of the main stage, steps of the next one; and what it reached.
 PROGRESS = ("init_epoch", "epoch", "step", "last", "best", "best_epoch", "chosen", "chosen_val", "chosen_epoch")
 PROGRESS += ("seconds",)
-NOT_COMPARED = {
-    "opt",
-    "parts",
-    "class_names",
-    "published",
-}  # of config.json; the options in `opt` are compared one by one
+# entries of config.json; the options in `opt` are compared one by one
+NOT_COMPARED = {"opt", "parts", "class_names", "published"}
 
 
 class Run:
     """The folder of a network in training: lock, config.json, metrics.jsonl, TensorBoard events, checkpoints.
 
-    free: options that may change between two parts of a run, since its numbers do not depend on them
+    free: options that may change when a run is resumed, as they do not affect results
     """
 
     def __init__(self, folder: Path, arch: str, config: dict, free: Iterable[str] = (), part: dict | None = None):
@@ -71,7 +67,9 @@ class Run:
             f"{key}: {before[key]} there, {now[key]} here" for key in now if before.get(key, now[key]) != now[key]
         ]
         if differ:
-            raise RunError(f"{self.folder} holds a run of other options ({'; '.join(differ)}): choose another --trial")
+            raise RunError(
+                f"{self.folder} holds a run with other options ({'; '.join(differ)}): choose another --trial"
+            )
         if epochs > self.config["opt"]["epochs"]:
             raise RunError(f"{self.folder} holds a run of {epochs} epochs: --epochs may be raised, not lowered")
         if not (self.folder / "resume.pth").exists():
@@ -81,7 +79,10 @@ class Run:
 
     def restore(self, state: dict) -> None:
         for name in PROGRESS:
-            setattr(self, name, type(getattr(self, name))(state[name]))
+            kind = type(getattr(self, name))
+            if type(state[name]) is not kind or not -1 <= state[name] <= checkpoint.MOST:  # NaN is not, either
+                raise ValueError(f"{name} {state[name]}")
+            setattr(self, name, state[name])
 
     def open(self) -> None:
         """Make the folder, or take it up again where the run was interrupted; nothing if the run is complete."""
@@ -126,7 +127,7 @@ class Run:
             file.write(json.dumps(values) + "\n")
 
     def save(self, name: str, model: nn.Module) -> None:
-        """Write a checkpoint that describes itself, of the last epoch done."""
+        """Write a checkpoint that describes itself, of the last completed epoch."""
         keys = ("dataset", "n_cls", "class_names", "mean", "std", "image_size", "opt")
         about = {key: self.config[key] for key in keys}
         about["config_sha256"] = self.sha256()

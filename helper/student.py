@@ -1,4 +1,4 @@
-"""What takes part in a training step: a frozen teacher, and students in training against it."""
+"""The frozen teacher, and the students trained against it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def forward_of(model: nn.Module, precision: str = "fp32", compiled: bool = False
     classifier = head(model)  # in float32: the three digits of bfloat16 are too few for a logit
 
     def forward(images: Tensor, preact: bool) -> tuple[list[Tensor], Tensor]:
-        # no cache: each weight is cast once a step anyway, and a CUDA graph could not hold what the cache frees
+        # no cache: autocast frees it after the forward pass, and a captured CUDA graph would still read it
         with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
             g, _ = net(images, is_feat=True, preact=preact)
         return g, classifier(to_float32(g[-1]))
@@ -52,7 +52,7 @@ def select_feats(g: list[Tensor], feats: int | slice) -> Tensor | list[Tensor]:
 
 @dataclass
 class Teacher:
-    """A frozen network, and what its file says about it. Without a network it stands for no teacher."""
+    """A frozen network, and what its file says about it; model is None for a student baseline."""
 
     arch: str = "none"
     model: nn.Module | None = None
@@ -83,8 +83,7 @@ class Teacher:
     def compare(self, acc: float) -> None:
         """Print the measured accuracy, and the one that the file claims where that is far higher."""
         print(f"teacher {self.arch}: test {acc:.2f}", flush=True)
-        claimed = self.about.get("accuracy", self.about.get("best_acc"))
-        claimed = float(claimed) if isinstance(claimed, int | float | Tensor) else acc
+        claimed = self.about.get("accuracy", acc)  # a number, as load_network() gives it
         if claimed > acc + 5:
             print(
                 f"warning: the teacher's file claims an accuracy of {claimed:.2f}, here it has {acc:.2f}; "
@@ -118,6 +117,8 @@ class Meters:
 
     def load(self, state: dict[str, Tensor]) -> None:
         for name, tensor in vars(self).items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(f"meters.{name} of shape {list(state[name].shape)}")
             tensor.copy_(state[name])
 
     @torch.no_grad()
@@ -235,7 +236,8 @@ class Student:
         try:
             terms[0].backward()
         except RuntimeError as error:
-            raise self.explain(error) from error
+            self.explain(error)
+            raise
         norm = gradient_norm(self.optimizer)
         self.optimizer.step()
         if self.has_term and not self.in_init:
@@ -278,13 +280,12 @@ class Student:
         bad = [key for key, well in zip(state, finite, strict=True) if not well]
         return f"step {self.run.step}: {bad[0]} is not finite" if bad else ""
 
-    def explain(self, error: RuntimeError) -> Exception:
-        """What a failed backward pass means for the user, if it was asked for by a flag."""
+    def explain(self, error: RuntimeError) -> None:
+        """Raise RunError for a failed backward pass that --detect_anomaly or --deterministic asked for."""
         if torch.is_anomaly_enabled():  # PyTorch has warned of where the operation was called
-            return RunError(f"--detect_anomaly: {self.name}, step {self.run.step + 1}: {error}")
+            raise RunError(f"--detect_anomaly: {self.name}, step {self.run.step + 1}: {error}") from error
         if "deterministic" in str(error):
-            return RunError(f"--deterministic: {self.name}: {str(error).splitlines()[0]}")
-        return error
+            raise RunError(f"--deterministic: {self.name}: {str(error).splitlines()[0]}") from error
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:

@@ -37,11 +37,14 @@ def cli_errors(main: Callable[[], object]) -> int:
             interrupt.listen()
             results = main()
             return 1 if isinstance(results, list) and any(result.failed for result in results) else 0
-        except BrokenPipeError:  # as of `| head`: nobody reads any more, and nothing is left to be flushed
+        except BrokenPipeError:  # as of `| head`: the reader is gone; nothing may be left to flush
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except (RunError, DataError, DistillError, ModelError, OSError) as error:  # OSError: a full disk, for one
             say(error)
+            return 2
+        except torch.OutOfMemoryError as error:
+            say(f"out of memory, try a smaller --batch_size or fewer methods at once ({str(error).splitlines()[0]})")
             return 2
         except KeyboardInterrupt:
             say("interrupted")
@@ -94,7 +97,7 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Versions of the packages that affect results."""
     found = {"python": sys.version.split()[0], "torch": torch.__version__}
     for package in ("torchvision", "numpy", "scipy", "scikit-learn", "pillow"):
         try:

@@ -68,7 +68,9 @@ def test_several_terms_in_one_student(path_t, image_folder, tmp_path, monkeypatc
     assert line["train_kd"] > 0 and line["train_div"] == 0
 
 
-@pytest.mark.parametrize("name", ["crd+crd", "crd+nope", "abound+crd", "kd+crd", "simkd+crd", "crd:0+wttm"])
+@pytest.mark.parametrize(
+    "name", ["crd+crd", "crd+nope", "abound+crd", "kd+crd", "simkd+crd", "crd:0+wttm", "crd:x+wttm", "crd+"]
+)
 def test_combinations_that_cannot_be(name, path_t, image_folder, tmp_path, monkeypatch, capsys):
     args = student(path_t, image_folder, tmp_path / "out", "--distill", name)
     code, _, err = call(train_student, args, monkeypatch, capsys)

@@ -182,6 +182,8 @@ def bad(args, said, script=train_student):
         bad(["--distill", "kd", "--nce_k", "4"], "--nce_k: not an option of kd, but of crd, rrd"),
         bad(["--distill", "none", "-a", "1"], "--alpha: not an option of none"),
         bad(["--distill", "kd", "-r", "0", "-a", "0"], "nothing is left of the loss of kd"),
+        bad(["--distill", "kd", "-r", "0", "-a", "0", "-b", "1"], "nothing is left of the loss of kd"),
+        bad(["--distill", "abound", "-r", "0"], "nothing is left of the loss of abound"),
         bad(["--distill", "hint", "--hint_layer", "4"], "method hint: a map is needed, not a vector"),
         bad(["--distill", "hint", "--hint_layer", "7"], "invalid choice: 7"),
         bad(["--distill", "kd", "-b", "nan"], "nan is out of range"),

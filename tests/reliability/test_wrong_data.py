@@ -150,3 +150,22 @@ def test_a_digits_teacher_on_ten_other_classes(tmp_path, monkeypatch, capsys):
     args = ["--dataset", "digits", "--path_t", path, "--output", tmp_path / "out"]
     code, _, err = call(train_student, args, monkeypatch, capsys)
     assert code == 2 and "other classes" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("odd", [torch.zeros(2), torch.tensor(1 + 2j), torch.zeros((), device="meta"), "72"])
+def test_an_odd_accuracy_in_a_file_is_no_claim(odd, folder, path_t, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "x.pth"
+    torch.save({"model": checkpoint.load(path_t)["model"], "best_acc": odd}, path)
+    args = [*SAME, "--data_folder", folder, "--path_t", path, "--epochs", "1", "--output", tmp_path / "out"]
+    code, out, err = call(train_student, args, monkeypatch, capsys)
+    assert code == 0 and "claims" not in out and "Traceback" not in err
+
+
+@pytest.mark.parametrize(("key", "odd"), [("epoch", torch.inf), ("best", torch.nan), ("step", 2.7), ("seconds", None)])
+def test_impossible_progress_is_refused(key, odd, folder, tmp_path, monkeypatch, capsys):
+    args = [*SAME, "--data_folder", folder, "--model", "resnet8", "--epochs", "1", "--output", tmp_path / "out"]
+    assert call(train_teacher, args, monkeypatch, capsys)[0] == 0
+    (path,) = (tmp_path / "out").rglob("resume.pth")
+    checkpoint.save(path, {**checkpoint.load(path), key: odd})
+    code, _, err = call(train_teacher, args, monkeypatch, capsys)
+    assert code == 2 and str(path) in err and err.count("\n") == 1
