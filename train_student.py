@@ -19,6 +19,7 @@ from helper.options import (
     parser_for,
     trial,
 )
+from helper.run import opened
 from helper.util import cli_errors
 from models import model_dict
 
@@ -54,13 +55,11 @@ def main(argv: list[str] | None = None) -> list[Result]:
     train_loader, test_loader, val_loader = make_loaders(source, opt, device)
     move_teacher(teacher, device, opt)
     students = build_students(opt, source, device, teacher)
-    for student in students:
-        student.run.open()
-    if teacher.model is not None:
-        teacher.compare(validate(teacher.model, test_loader)["acc"])
-
-    pretrain(students, teacher, train_loader, opt)
-    results = fit(students, teacher, train_loader, test_loader, val_loader, opt)
+    with opened([student.run for student in students]):
+        if teacher.model is not None:
+            teacher.compare(validate(teacher.model, test_loader)["acc"])
+        pretrain(students, teacher, train_loader, opt)
+        results = fit(students, teacher, train_loader, test_loader, val_loader, opt)
     print(*results, sep="\n")
     return results
 

@@ -7,6 +7,7 @@ from distiller_zoo import BASELINE
 from helper.build import build, load_source, make_loaders, new_model, set_up
 from helper.loops import Result, fit
 from helper.options import add_engine_options, finish, named, parser_for, trial
+from helper.run import opened
 from helper.student import Teacher
 from helper.util import cli_errors
 from models import model_dict
@@ -29,8 +30,8 @@ def main(argv: list[str] | None = None) -> list[Result]:
     name = f"{opt.model}_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_trial_{opt.trial}"
     model, folder = new_model(opt.model, source, opt), opt.output / "models" / name
     student = build(BASELINE, opt.model, model, folder, opt, source, device, role="teacher")
-    student.run.open()
-    results = fit([student], Teacher(), train_loader, test_loader, val_loader, opt)
+    with opened([student.run]):
+        results = fit([student], Teacher(), train_loader, test_loader, val_loader, opt)
     print(*results, sep="\n")
     return results
 

@@ -11,6 +11,7 @@ from helper.checkpoint import load_network
 from helper.loops import Result, fit
 from helper.options import LR, finish, named, on_off, parser_for, trial
 from helper.probe import Probe, cache_features
+from helper.run import opened
 from helper.student import Teacher
 from helper.util import cli_errors, seed_all
 from models import model_dict
@@ -41,12 +42,12 @@ def main(argv: list[str] | None = None) -> list[Result]:
     seed_all(opt.seed, "model")
     model, folder = Probe(network, source.n_cls), opt.output / "transfer" / name
     student = build(BASELINE, arch, model, folder, opt, source, device, role="transfer", **about)
-    student.run.open()
 
-    # also of epochs that are done: a feature's last bits may depend on those that are computed with it
-    epochs = range(1, opt.epochs + 1) if student.run.epoch < opt.epochs else range(0)
-    train_loader, test_loader = cache_features(train_loader, test_loader, student.model, epochs, opt.cache_features)
-    results = fit([student], Teacher(), train_loader, test_loader, val_loader, opt)
+    with opened([student.run]):
+        # also of epochs that are done: a feature's last bits may depend on those that are computed with it
+        epochs = range(1, opt.epochs + 1) if student.run.epoch < opt.epochs else range(0)
+        train_loader, test_loader = cache_features(train_loader, test_loader, student.model, epochs, opt.cache_features)
+        results = fit([student], Teacher(), train_loader, test_loader, val_loader, opt)
     print(*results, sep="\n")
     return results
 

@@ -160,8 +160,6 @@ def fit(
                     fail(student, f"epoch {epoch}: the loss on the test images is not finite")
             if epoch < opt.epochs:
                 interrupt.check()
-    for student in students:
-        student.run.close()
     runs = [student.run for student in students]
     return [
         Result(s.name, r.last, r.best, r.best_epoch, r.seconds, r.folder, r.failed, r.chosen, r.chosen_epoch)

@@ -7,7 +7,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,18 @@ class Run:
     def sha256(self) -> str:
         """Digest of everything that the run's numbers depend on."""
         return hashlib.sha256(json.dumps(self.identity(self.config), sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def opened(runs: Sequence[Run]) -> Iterator[None]:
+    """Open runs, and close them whatever happens: another call may be made in this process."""
+    try:
+        for run in runs:
+            run.open()
+        yield
+    finally:
+        for run in runs:
+            run.close()
 
 
 def lock(folder: Path, holder: str = "another process") -> FileLock:
