@@ -15,7 +15,6 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset import dataset_dict
 from helper import checkpoint
 from helper.options import Parser, named
