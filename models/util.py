@@ -1,6 +1,7 @@
 """Building blocks shared by the model families, and helpers for any model: its head, its feature shapes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -63,36 +64,43 @@ def init_linear(layer: nn.Linear) -> None:
 
 def head(model: nn.Module) -> nn.Linear:
     """The linear classifier of a model, whatever its name in the state dict; ModelError if there is none."""
-    return _find_head(model)[1]
-
-
-def replace_head(model: nn.Module, n_cls: int) -> nn.Linear:
-    """Replace the linear classifier by a freshly initialised one for n_cls classes, and return it."""
-    name, old = _find_head(model)
-    new = nn.Linear(old.in_features, n_cls, device=old.weight.device, dtype=old.weight.dtype)
-    init_linear(new)
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
-    return new
-
-
-def _find_head(model: nn.Module) -> tuple[str, nn.Linear]:
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if isinstance(getattr(type(model), "head", None), property):  # External knows its own
+        return model.head
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise ModelError(f"{type(model).__name__} has no linear layer that could be its classifier")
     return layers[-1]
 
 
-@torch.no_grad()
-def feature_shapes(model: nn.Module, image_size: int = 32) -> list[tuple[int, ...]]:
-    """Shapes of the feature list for two square images, batch dimension included; the model is left as it was."""
-    weight = next(model.parameters())
-    x = torch.zeros(2, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
-    modes = [(module, module.training) for module in model.modules()]  # frozen parts may be in eval mode already
+def replace_head(model: nn.Module, n_cls: int) -> nn.Linear:
+    """Give the linear classifier fresh weights for n_cls classes, and return it. Hooks on it stay."""
+    layer = head(model)
+    fresh = nn.Linear(layer.in_features, n_cls, device=layer.weight.device, dtype=layer.weight.dtype)
+    init_linear(fresh)
+    layer.weight, layer.bias, layer.out_features = fresh.weight, fresh.bias, n_cls
+    return layer
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while. Each module gets its own mode back: frozen parts may be in eval mode already."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        feats, _ = model(x, is_feat=True)
+        yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@torch.no_grad()
+def feature_shapes(model: nn.Module, image_size: int | None = None) -> list[tuple[int, ...]]:
+    """Shapes of the feature list for two square images, batch dimension included; the model is left as it was.
+
+    image_size: by default that for which a foreign network was built, or 32
+    """
+    weight = next(model.parameters())
+    size = image_size or getattr(model, "image_size", 32)
+    with eval_mode(model):
+        feats, _ = model(torch.zeros(2, 3, size, size, device=weight.device, dtype=weight.dtype), is_feat=True)
     return [tuple(f.shape) for f in feats]
