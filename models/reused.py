@@ -24,6 +24,7 @@ class Reused(nn.Module):
         self.arch = f"{net.arch}-simkd{t_dim}f{factor}" + (f"p{pool}" if pool > 1 else "")
         c_in, mid = feature_shapes(net)[-2][1], t_dim // factor
         drop_tail(net, set(net.get_feat_modules().modules()))
+        net.headless = True  # a foreign network then skips its logits
         self.net = net
         self.pool = nn.AvgPool2d(pool) if pool > 1 else nn.Identity()
         layers = []

@@ -65,7 +65,8 @@ def init_linear(layer: nn.Linear) -> None:
 def head(model: nn.Module) -> nn.Linear:
     """The linear classifier of a model, whatever its name in the state dict; ModelError if there is none."""
     if isinstance(getattr(type(model), "head", None), property):  # External knows its own
-        return model.head
+        own: nn.Linear = model.head
+        return own
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise ModelError(f"{type(model).__name__} has no linear layer that could be its classifier")
@@ -100,7 +101,7 @@ def feature_shapes(model: nn.Module, image_size: int | None = None) -> list[tupl
     image_size: by default that for which a foreign network was built, or 32
     """
     weight = next(model.parameters())
-    size = image_size or getattr(model, "image_size", 32)
+    size: int = image_size or getattr(model, "image_size", 32)
     with eval_mode(model):
         feats, _ = model(torch.zeros(2, 3, size, size, device=weight.device, dtype=weight.dtype), is_feat=True)
     return [tuple(f.shape) for f in feats]
