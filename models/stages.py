@@ -56,7 +56,7 @@ def choose_features(net: nn.Module, n_cls: int, images: Tensor, by_hand: Sequenc
     classifier, end = (heads[0].name, heads[0].start) if known else ("", inf)
     before = {name: call for name, call in calls.items() if call.end < end}
 
-    row = list(by_hand or maps) or choose_maps(before)
+    row = list(by_hand or maps) or choose_maps(net, before)
     if len(row) < 2 and not by_hand:
         row = max(row, choose_blocks(before), key=len)
     if not row:
@@ -159,17 +159,22 @@ def as_map(f: Tensor, nhwc: bool) -> Tensor:
     return f.permute(0, 3, 1, 2) if nhwc else f
 
 
-def choose_maps(calls: dict[str, Call]) -> list[str]:
-    """The last module, at most two names deep, of each resolution at which something with weights runs."""
+def choose_maps(net: nn.Module, calls: dict[str, Call]) -> list[str]:
+    """The last module, at most two names deep, of each resolution at which something with weights runs.
+
+    Parts of a block that works at two resolutions come after all others.
+    """
     last_first = sorted((call for call in calls.values() if is_map(call.output)), key=lambda call: -call.end)
     weighted = {side(call.output) for call in last_first if call.has_weight}
-    chosen: dict[int, str] = {}
+    whole: dict[int, str] = {}
+    parts: dict[int, str] = {}
     for call in last_first:  # in this order a branch to 1x1 in between (squeeze-excitation) is no stage
-        size = side(call.output)
+        size, parent = side(call.output), net.get_submodule(call.name.rpartition(".")[0])
         pools = isinstance(call.module, NO_STAGE) or (size == 1 and next(call.module.parameters(), None) is None)
-        if call.dim and call.shallow and not pools and size in weighted and size > max(chosen, default=0):
-            chosen[size] = call.name
-    return list(chosen.values())[::-1]
+        if call.dim and call.shallow and not pools and size in weighted and size >= max(whole | parts, default=0):
+            chosen = whole if parent is net or isinstance(parent, nn.Sequential | nn.ModuleList) else parts
+            chosen.setdefault(size, call.name)
+    return [name for _, name in sorted((parts | whole).items(), reverse=True)]
 
 
 def choose_blocks(calls: dict[str, Call]) -> list[str]:
