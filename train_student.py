@@ -5,27 +5,28 @@ import sys
 from pathlib import Path
 
 from distiller_zoo import aliases, distiller_dict
-from helper.build import build_students, load_source, load_teacher, make_loaders, move_teacher, set_up
+from helper.build import build_students, describe, load_source, load_teacher, make_loaders, move_teacher, set_up
 from helper.loops import Result, fit, pretrain, validate
 from helper.options import (
     PRECISIONS,
     add_engine_options,
     add_method_options,
+    add_weights,
     check_methods,
     finish,
     method,
-    named,
+    network,
     number,
     parser_for,
     trial,
 )
 from helper.run import opened
 from helper.util import cli_errors
-from models import model_dict
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser, model, weight = parser_for(__doc__), named("network", model_dict), number(float, 0)
+    parser, weight = parser_for(__doc__), number(float, 0)
+    model: dict = {"type": network, "metavar": "NAME"}
     methods = f"{', '.join(distiller_dict)}; {', '.join(f'{new} = {old}' for new, old in aliases.items())}"
     add = parser.add
     add("--model_s", **model, default="resnet8", help="the student's network, see below (resnet8)")
@@ -33,6 +34,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model_t", free=True, **model, help="the teacher's network (read from the checkpoint or its folder's name)")
     add("--part_t", free=True, metavar="KEY", help="which network of a checkpoint that holds several")
     methods += "; crd+wttm, crd:0.5+wttm: the terms of several in one student"
+    stages: dict = {"type": lambda names: names.split(","), "metavar": "NAME,NAME"}
+    add("--stages_s", **stages, help="the modules whose outputs are the stages of a foreign student")
+    add("--stages_t", **stages, help="... and of a foreign teacher (chosen by resolution)")
+    add_weights(parser)
+    add("--describe", free=True, action="store_true", help="print both networks' features and their pairing, and stop")
     add("--distill", free=True, type=method, nargs="+", default=["kd"], metavar="METHOD", help=f"{methods} (kd)")
     add("--trial", type=trial, default="1", help="number or name of the run (1)")
     add("--init_epochs", type=number(int, 1), default=30, help="epochs of a method's first stage (30)")
@@ -54,6 +60,9 @@ def main(argv: list[str] | None = None) -> list[Result]:
     teacher.check(source)
     train_loader, test_loader, val_loader = make_loaders(source, opt, device)
     move_teacher(teacher, device, opt)
+    if opt.describe:
+        describe(opt, source, teacher)
+        return []
     students = build_students(opt, source, device, teacher)
     with opened([student.run for student in students]):
         if teacher.model is not None:

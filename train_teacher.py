@@ -4,19 +4,20 @@ import argparse
 import sys
 
 from distiller_zoo import BASELINE
-from helper.build import build, load_source, make_loaders, new_model, set_up
+from helper.build import build, distillation, load_source, make_loaders, new_model, set_up
 from helper.loops import Result, fit
-from helper.options import add_engine_options, finish, named, parser_for, trial
+from helper.options import add_engine_options, add_weights, finish, network, parser_for, trial
 from helper.run import opened
 from helper.student import Teacher
 from helper.util import cli_errors
-from models import model_dict
+from models import file_name
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_for(__doc__)
     add = parser.add
-    add("--model", **named("network", model_dict), default="resnet110", help="network, see below (resnet110)")
+    add("--model", type=network, metavar="NAME", default="resnet110", help="network, see below (resnet110)")
+    add_weights(parser)
     add("-t", "--trial", type=trial, default="0", help="number or name of the run (0)")
     add_engine_options(parser)
     return finish(parser, argv, "model")
@@ -27,9 +28,9 @@ def main(argv: list[str] | None = None) -> list[Result]:
     device = set_up(opt)
     source = load_source(opt)
     train_loader, test_loader, val_loader = make_loaders(source, opt, device)
-    name = f"{opt.model}_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_trial_{opt.trial}"
-    model, folder = new_model(opt.model, source, opt), opt.output / "models" / name
-    student = build(BASELINE, opt.model, model, folder, opt, source, device, role="teacher")
+    name = f"{file_name(opt.model)}_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_trial_{opt.trial}"
+    kd = distillation(BASELINE, new_model(opt.model, source, opt), opt, source)
+    student = build(kd, opt.output / "models" / name, opt, source, device, role="teacher")
     with opened([student.run]):
         results = fit([student], Teacher(), train_loader, test_loader, val_loader, opt)
     print(*results, sep="\n")

@@ -6,15 +6,14 @@ import sys
 from pathlib import Path
 
 from distiller_zoo import BASELINE
-from helper.build import build, checksum, load_source, make_loaders, set_up
+from helper.build import build, checksum, distillation, load_source, make_loaders, set_up
 from helper.checkpoint import load_network
 from helper.loops import Result, fit
-from helper.options import LR, finish, named, on_off, parser_for, trial
+from helper.options import LR, finish, network, on_off, parser_for, trial
 from helper.probe import Probe, cache_features
 from helper.run import opened
 from helper.student import Teacher
 from helper.util import cli_errors, seed_all
-from models import model_dict
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -22,7 +21,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_for(__doc__, **schedule, dataset="stl10", image_size=32)
     add = parser.add
     add("--path_s", free=True, type=Path, metavar="FILE", required=True, help="the student's checkpoint")
-    add("--model_s", free=True, **named("network", model_dict), help="its network (read from the checkpoint)")
+    add("--model_s", free=True, type=network, metavar="NAME", help="its network (read from the checkpoint)")
     add("--part_s", free=True, metavar="KEY", help="which network of a checkpoint that holds several")
     add("-t", "--trial", type=trial, default="0", help="number or name of the run (0)")
     add("--cache_features", free=True, action=on_off, help="compute features once (if they fit half the free memory)")
@@ -33,15 +32,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> list[Result]:
     opt = parse(argv)
     device = set_up(opt)
-    arch, _, network, _ = load_network(opt.path_s, opt.model_s, "--model_s", opt.part_s)
+    _, _, net, _ = load_network(opt.path_s, opt.model_s, "--model_s", opt.part_s, image_size=opt.image_size)
     source = load_source(opt)
     train_loader, test_loader, val_loader = make_loaders(source, opt, device)
     origin = re.sub(r"[^\w.+-]", "_", opt.path_s.absolute().parent.name)  # not every system takes RepDistiller's ':'
     name = f"{origin}_to_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_trial_{opt.trial}"
-    about = {"student": origin, "student_crc32": checksum(network)}
+    about = {"student": origin, "student_crc32": checksum(net)}
     seed_all(opt.seed, "model")
-    model, folder = Probe(network, source.n_cls), opt.output / "transfer" / name
-    student = build(BASELINE, arch, model, folder, opt, source, device, role="transfer", **about)
+    kd = distillation(BASELINE, Probe(net, source.n_cls), opt, source)
+    student = build(kd, opt.output / "transfer" / name, opt, source, device, role="transfer", **about)
 
     with opened([student.run]):
         # also of epochs that are done: a feature's last bits may depend on those that are computed with it

@@ -19,6 +19,7 @@ from distiller_zoo.CC import Correlation
 from distiller_zoo.combined import Combined, combine, weight_of
 from distiller_zoo.CRD import CRDLoss
 from distiller_zoo.DIST import DISTLoss
+from distiller_zoo.distillation import Distillation
 from distiller_zoo.DKD import DKDLoss
 from distiller_zoo.FitNet import HintLoss
 from distiller_zoo.FSP import FSP
@@ -82,6 +83,7 @@ aliases = {
 __all__ = [
     "BASELINE",
     "DistillError",
+    "Distillation",
     "Distiller",
     "aliases",
     "create_distiller",

@@ -17,16 +17,15 @@ from torch import nn
 
 from dataset import DataSource, load_dataset
 from dataset.loader import DeviceLoader, large_batch
-from distiller_zoo import Distiller, create_distiller, distiller_class, method_options
-from helper.checkpoint import load_network
-from helper.options import plain, weights_of
+from distiller_zoo import BASELINE, Distillation, method_options
+from helper.checkpoint import load_network, load_weights
+from helper.options import WEIGHTS, plain
 from helper.run import Run
 from helper.student import Student, Teacher, forward_of
 from helper.util import RunError, choose_device, has_native_bf16, keep_buffers, seed_all, stream
-from models import create_model
-from models.util import feature_shapes, head
-
-KD_T = 4.0  # published temperature of the KL term
+from models import create_model, file_name
+from models.external import External
+from models.util import feature_shapes
 
 
 def set_up(opt: argparse.Namespace) -> torch.device:
@@ -44,7 +43,7 @@ def set_up(opt: argparse.Namespace) -> torch.device:
     for key in ("precision", "precision_t"):
         if getattr(opt, key, None) == "auto":
             setattr(opt, key, "bf16" if has_native_bf16(device) else "fp32")  # as accurate: docs/benchmarks.md
-    if opt.lr_decay_epochs and min(opt.lr_decay_epochs) >= opt.epochs:
+    if opt.schedule == "step" and opt.lr_decay_epochs and min(opt.lr_decay_epochs) >= opt.epochs:
         print(f"note: the learning rate does not decay within {opt.epochs} epochs, see --lr_decay_epochs")
     return device
 
@@ -53,7 +52,9 @@ def load_teacher(opt: argparse.Namespace) -> Teacher:
     """The frozen network of --path_t, on the CPU; no teacher without it."""
     if opt.path_t is None:
         return Teacher()
-    arch, n_cls, model, about = load_network(opt.path_t, opt.model_t, part=opt.part_t)
+    arch, n_cls, model, about = load_network(
+        opt.path_t, opt.model_t, part=opt.part_t, stages=opt.stages_t, image_size=opt.image_size
+    )
     return Teacher(arch, model.requires_grad_(False), n_cls, checksum(model), about, opt.path_t)
 
 
@@ -108,40 +109,74 @@ def build_students(
     opt: argparse.Namespace, source: DataSource, device: torch.device, teacher: Teacher
 ) -> list[Student]:
     """A student for each method of --distill; all start from the same weights."""
-    students = []
+    students: list[Student] = []
     for method in opt.distill:
-        published = settings_of(method, opt, teacher)
-        if published:
-            said = ", ".join(f"{key} {value:g}" for key, value in published.items())
+        kd = distillation(method, new_model(opt.model_s, source, opt, opt.stages_s), opt, source, teacher)
+        if kd.published:
+            said = ", ".join(f"{key} {value:g}" for key, value in kd.published.items())
             print(f"{method}: published for {teacher.arch} -> {opt.model_s}: {said}")
-        w = {"gamma": 0, "alpha": 0, "beta": 0, **weights_of(method, opt, published)}
         folder = (
-            f"S_{opt.model_s}_T_{teacher.arch}_{opt.dataset}_{method}"
-            f"_r_{w['gamma']:g}_a_{w['alpha']:g}_b_{w['beta']:g}_{opt.trial}"
+            f"S_{file_name(opt.model_s)}_T_{file_name(teacher.arch)}_{opt.dataset}_{method}"
+            f"_r_{kd.weights['gamma']:g}_a_{kd.weights['alpha']:g}_b_{kd.weights['beta']:g}_{opt.trial}"
         )
-        folder, model = opt.output / "student_model" / folder, new_model(opt.model_s, source, opt)
-        students.append(build(method, opt.model_s, model, folder, opt, source, device, teacher))
+        if kd.n_stages and not students:
+            print(f"compared: the last {kd.n_stages} stages of both networks, see --describe")
+        students.append(build(kd, opt.output / "student_model" / folder, opt, source, device, teacher))
     return students
 
 
-def settings_of(method: str, opt: argparse.Namespace, teacher: Teacher) -> dict[str, float]:
-    """Weights, options and temperature that are published for a pair of networks, except where the user set them."""
-    if teacher.model is None:
-        return {}
-    published = distiller_class(method).settings(teacher.arch, opt.model_s, opt.options)
-    given = {**opt.options, **{key: getattr(opt, key) for key in ("gamma", "alpha", "beta", "kd_T")}}
-    return {key: value for key, value in published.items() if given.get(key) is None}
+def describe(opt: argparse.Namespace, source: DataSource, teacher: Teacher) -> None:
+    """Print the features of both networks, and which of their stages are compared."""
+    kd = distillation(BASELINE, new_model(opt.model_s, source, opt, opt.stages_s), opt, source, teacher)
+    for side, net in (("student", kd.student), ("teacher", kd.teacher)):
+        if net is not None:
+            print(f"{side} {net.arch}")
+            shapes = feature_shapes(net, source.train_images.shape[1])
+            stages = [f"stage {i}" for i in range(1, len(shapes) - 1)]
+            compared = stages[-kd.n_stages :] if kd.n_stages else stages
+            modules = dict(zip(stages, getattr(net, "stages", stages), strict=True))
+            for name, shape in zip(["stem", *stages, "pooled"], shapes, strict=True):
+                about = ("compared  " if name in compared else " " * 10) + modules.get(name, "")
+                print(f"  {name:<8} {' x '.join(map(str, shape[1:])):<16} {about}".rstrip())
 
 
-def new_model(arch: str, source: DataSource, opt: argparse.Namespace) -> nn.Module:
+def new_model(arch: str, source: DataSource, opt: argparse.Namespace, stages: Sequence[str] | None = None) -> nn.Module:
+    """A network with fresh weights, or with those of --weights."""
     seed_all(opt.seed, "model")
-    return create_model(arch, source.n_cls)
+    pretrained = opt.weights == "pretrained"
+    size = source.train_images.shape[1]
+    model = create_model(arch, source.n_cls, size, stages, pretrained)
+    if opt.weights and not pretrained:
+        load_weights(model, Path(opt.weights), size)
+    return model
+
+
+def distillation(
+    method: str, model: nn.Module, opt: argparse.Namespace, source: DataSource, teacher: Teacher | None = None
+) -> Distillation:
+    """A network with a method and its teacher. Each is seeded by itself: nothing depends on what trains beside it."""
+    seed_all(opt.seed, "method", method)
+    options = {key: value for key, value in getattr(opt, "options", {}).items() if key in method_options(method)}
+    nets = [model] if teacher is None or teacher.model is None else [model, teacher.model]
+    for module in (module for net in nets for module in net.modules()):
+        if isinstance(module, External):  # has a normalisation of its own
+            module.renormalise(source.mean, source.std)
+    kd = Distillation(
+        method,
+        *nets,
+        labels=source.train_labels,
+        n_cls=source.n_cls,
+        image_size=source.train_images.shape[1],
+        T=getattr(opt, "kd_T", None),
+        **{key: getattr(opt, key, None) for key in WEIGHTS},  # a teacher has no such flags
+        **options,
+    )
+    check_last_batch([shape for g in kd.shapes.values() for shape in g], len(source.train_labels), opt)
+    return kd
 
 
 def build(
-    method: str,
-    arch: str,
-    model: nn.Module,
+    kd: Distillation,
     folder: Path,
     opt: argparse.Namespace,
     source: DataSource,
@@ -150,25 +185,28 @@ def build(
     role: str = "student",
     **about: object,
 ) -> Student:
-    """A network with its method and its run's folder, restored if the folder holds an earlier part of the run.
+    """A student and its run's folder, restored if the folder holds an earlier part of the run.
 
-    Each is seeded by itself: nothing depends on what trains beside it. about: more entries of config.json
+    about: more entries of config.json
     """
     teacher = teacher or Teacher()
-    distiller, settings = build_method(method, model, opt, source, teacher)
-    distiller = distiller.to(device)
-    model = distiller.predictor(model)
-    arch = getattr(model, "arch", arch)  # predictor() may have changed it
+    distiller, model = kd.distiller.to(device), kd.student
+    stages = getattr(model, "stages", None)
     config = {
         "role": role,
         **about,
-        "method": method,
+        "method": kd.method,
         "distilled": distiller.has_teacher,
-        "arch": arch,
+        "arch": model.arch,
+        **({"stages": stages} if stages else {}),
         "teacher": teacher.arch,
         "teacher_crc32": teacher.crc32,
+        **({"compared_stages": kd.n_stages} if kd.n_stages else {}),
         "params": sum(p.numel() for p in model.parameters()),
-        **settings,
+        "weights": {key: kd.weights[key] for key in distiller.weights},
+        "kd_T": kd.T,
+        "options": kd.options,
+        "published": kd.published,
         "dataset": opt.dataset,
         "n_cls": source.n_cls,
         "class_names": list(source.class_names),
@@ -181,42 +219,16 @@ def build(
         "device_type": device.type,  # CRD draws on the device
         "opt": plain(opt),
     }
-    run = Run(folder, arch, config, opt.free, {"argv": opt.argv, "device": device_name(device)})
+    run = Run(folder, model.arch, config, opt.free, {"argv": opt.argv, "device": device_name(device)})
     model = model.to(device, memory_format=memory_format(opt))
     forward = forward_of(model, opt.precision, opt.compile)
-    name = method if role == "student" else arch
-    head_t = head(teacher.model) if teacher.model is not None else None
-    student = Student(name, model, distiller, settings["weights"], run, settings["kd_T"], forward, head_t)
+    name = kd.method if role == "student" else model.arch
+    student = Student(name, model, distiller, kd.weights, run, kd.T, forward, kd.head_t[0], kd.n_stages)
     if (state := run.find(opt.resume)) is None:
         student.start(opt)
     else:
         restore(student, state, opt)
     return student
-
-
-def build_method(
-    method: str, model: nn.Module, opt: argparse.Namespace, source: DataSource, teacher: Teacher
-) -> tuple[Distiller, dict[str, Any]]:
-    """A method for a pair of networks -> (the method, its weights, temperature and options for config.json)."""
-    data: dict[str, Any] = {"labels": source.train_labels, "n_data": len(source.train_labels), "n_cls": source.n_cls}
-    for side, net in (("s", model), ("t", teacher.model)):
-        if net is not None:
-            data[f"{side}_shapes"] = feature_shapes(net, source.train_images.shape[1])
-            data[f"{side}_dim"] = data[f"{side}_shapes"][-1][1]
-    if teacher.model is not None:
-        data["head_t"] = head(teacher.model)
-    check_last_batch([*data["s_shapes"], *data.get("t_shapes", ())], data["n_data"], opt)
-    published = settings_of(method, opt, teacher)
-    options = {**published, **getattr(opt, "options", {})}
-    options = {key: value for key, value in options.items() if key in method_options(method)}
-    seed_all(opt.seed, "method", method)
-    distiller = create_distiller(method, options, **data)
-    return distiller, {
-        "weights": weights_of(method, opt, published),
-        "kd_T": published.get("kd_T", getattr(opt, "kd_T", None) or KD_T),
-        "options": options,
-        "published": published,
-    }
 
 
 def restore(student: Student, state: dict, opt: argparse.Namespace) -> None:

@@ -21,8 +21,7 @@ import torch
 from torch import nn
 
 from helper.util import RunError
-from models import create_model, is_known, model_dict
-from models.util import head
+from models import create_model, is_known, model_dict, runs_code
 
 OLD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # how files of torch before 1.6 begin
 SUFFIXES = "", ".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors"
@@ -65,6 +64,7 @@ SAID = {
     "image_size": lambda size: type(size) is int and 0 < size <= 1024,  # as --image_size
     "mean": _channels,
     "std": _channels,
+    "stages": _names,
 }
 
 
@@ -154,20 +154,49 @@ def _verified(path: Path) -> io.BytesIO:
 
 
 def load_network(
-    path: Path, arch: str | None = None, flag: str = "--model_t", part: str | None = None
+    path: Path,
+    arch: str | None = None,
+    flag: str = "--model_t",
+    part: str | None = None,
+    stages: list[str] | None = None,
+    image_size: int | None = None,
 ) -> tuple[str, int, nn.Module, dict]:
     """Read a network from a checkpoint -> (architecture, classes, network in eval mode, the rest of the file).
 
-    Arguments as of read_network.
+    stages, image_size: of a foreign network, where the file does not say; other arguments as of read_network
     """
-    arch, n_cls, state, about = read_network(path, arch, flag, part)
-    model = create_model(arch, n_cls)
+    arch, n_cls, state, about = read_network(path, arch, flag, part, image_size)
+    try:
+        model = create_model(arch, n_cls, _size(about, image_size), stages or about.get("stages"))
+    except ValueError as error:
+        raise RunError(f"{path}: {error}") from error
     model.load_state_dict(state)
     return arch, n_cls, model.eval(), about
 
 
+def load_weights(model: nn.Module, path: Path, image_size: int) -> None:
+    """Start a network from the weights in a file; its classifier stays fresh where the file's is for other classes."""
+    content, own = load(path), model.state_dict()
+    states = [state for _, state in _states(content)]
+    state = max(states, key=lambda state: sum(key in own for key in state))
+    wide = _own(model.arch, image_size)[1]
+    fresh = any(key not in state or not _plain(state[key]) or state[key].shape != own[key].shape for key in wide)
+    kept = {key: value for key, value in state.items() if not (fresh and key in wide)}
+    try:
+        check_state(model.arch, {key: value for key, value in own.items() if not (fresh and key in wide)}, kept)
+    except ValueError as error:
+        raise RunError(f"--weights {path}: {error}") from error
+    model.load_state_dict(kept, strict=not fresh)
+    if fresh:
+        print(f"note: {path}: its classifier is for other classes, the network's starts fresh")
+
+
 def read_network(
-    path: Path, arch: str | None = None, flag: str = "--model_t", part: str | None = None
+    path: Path,
+    arch: str | None = None,
+    flag: str = "--model_t",
+    part: str | None = None,
+    image_size: int | None = None,
 ) -> tuple[str, int, dict[str, torch.Tensor], dict]:
     """Find a known network's weights in a checkpoint -> (architecture, classes, state, the rest of the file).
 
@@ -181,16 +210,22 @@ def read_network(
     states = {key: state for key, state in _states(content) if part in (None, key, key.rpartition(".")[2])}
     if not any(_plain(value) for state in states.values() for value in state.values()):
         raise RunError(f"{path}: holds no network weights" + (f" under '{part}'" if part else ""))
-    named = arch or _named(path, content)
+    said = content.get("arch")
+    if not arch and isinstance(said, str) and runs_code(said):
+        raise RunError(
+            f"{path}: is a {said:.200}; name the file and class with {flag}, as code is never run from a checkpoint"
+        )
+    named, size = arch or _named(path, content), _size(content, image_size)
     try:
         archs = [named] if named else model_dict
-        fits = _fits(archs, states) or _fits([] if arch else model_dict, states)
+        fits = _fits(archs, states, size) or _fits([] if arch else model_dict, states, size)
         if len(fits) > 1:
             found = ", ".join(f"{name} in '{key}'" if key else name for name, key in fits)
             option = flag if len({key for _, key in fits}) == 1 else flag.replace("model", "part")
             raise ValueError(f"could be several networks: {found}; choose one with {option}")
-        arch, key = fits[0] if fits else max(product(archs, states), key=lambda pair: _alike(pair[0], states[pair[1]]))
-        n_cls, own = _own_like(arch, states[key])
+        pairs = fits or [max(product(archs, states), key=lambda pair: _alike(pair[0], states[pair[1]], size))]
+        arch, key = pairs[0]
+        n_cls, own = _own_like(arch, states[key], size)
         check_state(arch if fits or named else f"known network (closest: {arch})", own, states[key])
     except ValueError as error:  # ModelError, where the network is unknown
         raise RunError(f"{path}: {error}") from error
@@ -198,6 +233,12 @@ def read_network(
     if arch != named or elsewhere:
         print(f"note: {path}: read as a {arch}{elsewhere}", file=sys.stderr)
     return arch, n_cls, states[key], _about(path, content, key.partition(".")[0])
+
+
+def _size(content: dict, image_size: int | None) -> int:
+    """The image size for which a network was built."""
+    size: Any = content.get("image_size")
+    return size if SAID["image_size"](size) else image_size or 32
 
 
 def _states(content: dict, name: str = "", depth: int = 3) -> Iterator[tuple[str, dict]]:
@@ -230,33 +271,32 @@ def _named(path: Path, content: dict) -> str | None:
     return max((name for name in model_dict if f"{folder}_".startswith(f"{name}_")), key=len, default=None)
 
 
-def _fits(archs: Iterable[str], states: dict[str, dict]) -> list[tuple[str, str]]:
+def _fits(archs: Iterable[str], states: dict[str, dict], size: int) -> list[tuple[str, str]]:
     """The networks whose names and shapes a state has -> [(architecture, key of the state)]."""
-    pairs = [(arch, key) for arch, key in product(archs, states) if len(states[key]) == len(_own(arch)[1])]
-    return [(arch, key) for arch, key in pairs if _alike(arch, states[key])[0] == len(states[key])]
+    pairs = [(arch, key) for arch, key in product(archs, states) if len(states[key]) == len(_own(arch, size)[0])]
+    return [(arch, key) for arch, key in pairs if _alike(arch, states[key], size)[0] == len(states[key])]
 
 
 @functools.cache
-def _own(arch: str) -> tuple[str, dict[str, torch.Tensor]]:
-    """-> (name of the classifier, state without memory) of a network of 2 classes."""
+def _own(arch: str, size: int) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """-> (state without memory of a network of 2 classes, names of the tensors that have an entry for each class)."""
     with torch.random.fork_rng(devices=[]):
-        model = create_model(arch, 2)
-    name = next(name for name, module in model.named_modules() if module is head(model))
-    return name, {key: value.to("meta") for key, value in model.state_dict().items()}
+        two, three = (create_model(arch, n, size).state_dict() for n in (2, 3))
+    wide = [key for key, value in two.items() if value.shape != three[key].shape]
+    return {key: value.to("meta") for key, value in two.items()}, wide
 
 
-def _own_like(arch: str, state: dict) -> tuple[int, dict[str, torch.Tensor]]:
+def _own_like(arch: str, state: dict, size: int) -> tuple[int, dict[str, torch.Tensor]]:
     """-> (classes of a state, state without memory of the network with as many)."""
-    name, own = _own(arch)
-    weight = state.get(f"{name}.weight")
+    own, wide = _own(arch, size)
+    weight = state.get(wide[0]) if wide else None
     n_cls = len(weight) if _plain(weight) and weight.dim() and len(weight) else 2
-    wide = {key: own[key].new_empty(n_cls, *own[key].shape[1:]) for key in (f"{name}.weight", f"{name}.bias")}
-    return n_cls, own | wide
+    return n_cls, own | {key: own[key].new_empty(n_cls, *own[key].shape[1:]) for key in wide}
 
 
-def _alike(arch: str, state: dict) -> tuple[int, int]:
+def _alike(arch: str, state: dict, size: int) -> tuple[int, int]:
     """-> (tensors of a state with a name and shape of the network's, all its tensors)."""
-    _, own = _own_like(arch, state)
+    _, own = _own_like(arch, state, size)
     plain = {key: value.shape for key, value in state.items() if _plain(value)}
     return sum(key in own and shape == own[key].shape for key, shape in plain.items()), len(plain)
 

@@ -18,6 +18,8 @@ from dataset.loader import DeviceLoader
 from helper.cuda_graph import CudaGraph
 from helper.interrupt import interrupt
 from helper.student import Student, Teacher, count_hits
+from helper.util import stream
+from models import file_name
 
 
 class Result(NamedTuple):
@@ -62,11 +64,15 @@ def train(
         images, target, index = loader.batch(plan)
         out_t = teacher(images, active)
         for student in active:
+            torch.default_generator.manual_seed(seed)  # of dropout, so that it does not depend on what trains beside it
             student.update(images, target, index, out_t)
 
     for i, plan in enumerate(progress(loader.plans(), f"{stage}epoch {epoch}", len(loader) - first), first + 1):
         # after a kill, students may stand at different steps: each joins where it was saved
         active = [student for student in students if student.run.step < i]
+        seed = stream(opt.seed, "step", stage, f"{epoch}", f"{i}")
+        for generator in torch.cuda.default_generators:  # none on the CPU
+            generator.manual_seed(seed)
         graph(step, plan, active) if graph else step(plan)
         for student in active:
             student.run.step = i
@@ -147,7 +153,7 @@ def fit(
             # after a kill, some students may be an epoch behind the others
             active = [s for s in students if s.run.epoch < epoch and not s.run.failed]
             if active:
-                lr = opt.learning_rate * opt.lr_decay_rate ** sum(epoch > e for e in opt.lr_decay_epochs)
+                lr = learning_rate(epoch, opt)
                 for student in active:
                     student.set_lr(lr)
                 active = train(epoch, train_loader, teacher, active, opt, graph)
@@ -165,6 +171,16 @@ def fit(
         Result(s.name, r.last, r.best, r.best_epoch, r.seconds, r.folder, r.failed, r.chosen, r.chosen_epoch)
         for s, r in zip(students, runs, strict=True)
     ]
+
+
+def learning_rate(epoch: int, opt) -> float:
+    """Of an epoch (from 1): grown linearly in the first --warmup_epochs, then lowered in steps or along a cosine."""
+    if epoch <= opt.warmup_epochs:
+        return opt.learning_rate * epoch / (opt.warmup_epochs + 1)
+    if opt.schedule == "cosine":
+        done = (epoch - 1 - opt.warmup_epochs) / (opt.epochs - opt.warmup_epochs)
+        return opt.learning_rate * (1 + math.cos(math.pi * done)) / 2
+    return opt.learning_rate * opt.lr_decay_rate ** sum(epoch > e for e in opt.lr_decay_epochs)
 
 
 def graph_of(students: list[Student], opt) -> CudaGraph | None:
@@ -201,12 +217,13 @@ def record(student: Student, epoch: int, lr: float, test: dict[str, float], val:
     run.scalars(
         {tag: line[tag] for tag in ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")}, epoch
     )
+    arch = file_name(run.arch)
     names = {
-        f"{run.arch}_best": better,
-        f"{run.arch}_chosen": chosen,
+        f"{arch}_best": better,
+        f"{arch}_chosen": chosen,
         f"ckpt_epoch_{epoch}": epoch % opt.save_freq == 0,
     }
-    for name, wanted in {**names, f"{run.arch}_last": epoch == opt.epochs}.items():
+    for name, wanted in {**names, f"{arch}_last": epoch == opt.epochs}.items():
         if wanted:
             run.save(name, student.model)
     run.save_state(student.state_dict())

@@ -14,10 +14,17 @@ from typing import Literal, get_args, get_origin
 
 from dataset import dataset_dict
 from distiller_zoo import Distiller, DistillError, distiller_class, distiller_dict, method_name, method_options
-from models import default_lr, model_dict
+from distiller_zoo.distillation import weights_of
+from models import check_name, default_lr, model_dict
+from models.util import ModelError
 
 LR = 0.05  # published; default_lr names the networks that are trained with another
+LR_ADAMW = 1e-3  # PyTorch's
 PRECISIONS = ("fp32", "bf16", "auto")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("step", "cosine")
+NETWORKS = f"""{" ".join(model_dict)}
+  timm:NAME, torchvision:NAME, FILE.py:CLASS (a class in a file of yours)"""
 WEIGHTS = ("gamma", "alpha", "beta")
 on_off = argparse.BooleanOptionalAction
 
@@ -56,6 +63,15 @@ def named(what: str, registry: Iterable[str]) -> dict:
         return text
 
     return {"type": convert, "metavar": "NAME"}
+
+
+def network(text: str) -> str:
+    """A network by its name, ours or a foreign one."""
+    try:
+        check_name(text)
+    except ModelError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def method(text: str) -> str:
@@ -103,9 +119,10 @@ def parser_for(description: str, **defaults) -> Parser:
     sets = "\n".join(
         f"  {name:<13} {(load.__doc__ or '').partition(chr(10))[0]}" for name, load in dataset_dict.items()
     )
-    parser = Parser(description=description, epilog=f"data sets:\n{sets}\nnetworks:\n  {' '.join(model_dict)}")
+    parser = Parser(description=description, epilog=f"data sets:\n{sets}\nnetworks:\n  {NETWORKS}")
     positive, share = number(int, 1), number(float, 0, 1)
-    lr = defaults.get("learning_rate") or f"{LR}; {', '.join(f'{lr} for {name}' for name, lr in default_lr.items())}"
+    lrs = [f"{lr} for {name}" for name, lr in default_lr.items()]
+    lr = defaults.get("learning_rate") or f"{LR}; {', '.join(lrs)}; {LR_ADAMW:g} with adamw"
     size = defaults.get("image_size") or "the data set's default"
     add = parser.add
     add("--print_freq", free=True, type=positive, default=100, help="steps between two printed losses (100)")
@@ -121,6 +138,9 @@ def parser_for(description: str, **defaults) -> Parser:
     add("--num_workers", free=True, type=number(int, 0), default=8, help="threads that decode image files once (8)")
     add("--epochs", free=True, type=positive, default=240, help="(%(default)s)")
     add("--learning_rate", type=number(float, 0), help=f"({lr})")
+    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="(%(default)s)")
+    add("--schedule", choices=SCHEDULES, default="step", help="of the learning rate, by epochs (%(default)s)")
+    add("--warmup_epochs", type=number(int, 0), default=0, help="epochs in which it grows linearly (0)")
     add("--lr_decay_epochs", type=epochs_list, default="150,180,210", help="epochs after which it decays (%(default)s)")
     add("--lr_decay_rate", type=number(float, 0, 10), default=0.1, help="(0.1)")
     add("--weight_decay", type=number(float, 0), default=5e-4, help="(%(default)s)")
@@ -168,6 +188,10 @@ def add_engine_options(parser: Parser) -> None:
     add("--channels_last", action=on_off, default=True, help="the channels_last memory format (on)")
 
 
+def add_weights(parser: Parser) -> None:
+    parser.add("--weights", metavar="FILE", help="initial weights; 'pretrained' takes a foreign network's from its hub")
+
+
 def add_method_options(parser: Parser) -> dict[str, list[str]]:
     """A flag for every option that a method's constructor declares; -> {flag: methods that take it}."""
     group = parser.add_argument_group("options of the methods")
@@ -211,7 +235,7 @@ def check_methods(parser: Parser, opt: argparse.Namespace, takers: dict[str, lis
     for key in takers:
         delattr(opt, key)
     for name, cls in classes.items():
-        weights = weights_of(name, opt)
+        weights = weights_of(cls, vars(opt))
         if cls.forward is Distiller.forward:
             weights["beta"] = 0  # there is no term for it to weigh
         if not any(weights.values()):
@@ -229,7 +253,11 @@ def finish(parser: Parser, argv: list[str] | None, model: str) -> argparse.Names
     """Parse, then fill in defaults that depend on other options."""
     opt = parser.parse_args(argv)
     if opt.learning_rate is None:
-        opt.learning_rate = default_lr.get(getattr(opt, model), LR)
+        opt.learning_rate = LR_ADAMW if opt.optimizer == "adamw" else default_lr.get(getattr(opt, model), LR)
+    if opt.warmup_epochs >= opt.epochs:
+        parser.error(f"--warmup_epochs {opt.warmup_epochs}: leaves none of the {opt.epochs} epochs")
+    if opt.schedule == "cosine":
+        parser.free.discard("epochs")  # the learning rate of every epoch depends on it
     if opt.seed is None:
         opt.seed = int(opt.trial) if opt.trial.isdecimal() and opt.trial.isascii() else zlib.crc32(opt.trial.encode())
     opt.free = parser.free
@@ -242,15 +270,6 @@ def trial(text: str) -> str:
     if not re.fullmatch(r"\w([\w.-]*\w)?", text, re.ASCII) or len(text) > 60:
         raise argparse.ArgumentTypeError(f"{text!r} is not a name for a folder: letters, digits, '.', '_', '-'")
     return text
-
-
-def weights_of(name: str, opt: argparse.Namespace, published: dict | None = None) -> dict[str, float]:
-    """A method's weights: the user's, else those published for the pair of networks, else the method's defaults."""
-    found = {}
-    for key, default in distiller_class(name).weights.items():
-        given = getattr(opt, key, None)  # a teacher has no such flags
-        found[key] = (published or {}).get(key, default) if given is None else given
-    return found
 
 
 def plain(opt: argparse.Namespace) -> dict:

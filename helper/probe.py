@@ -23,7 +23,7 @@ class Probe(nn.Module):
 
     def __init__(self, net: nn.Module, n_cls: int):
         super().__init__()
-        self.net = net.requires_grad_(False)
+        self.arch, self.net = net.arch, net.requires_grad_(False)
         replace_head(net, n_cls)
 
     @torch.no_grad()

@@ -129,8 +129,8 @@ class Run:
 
     def save(self, name: str, model: nn.Module) -> None:
         """Write a checkpoint that describes itself, of the last completed epoch."""
-        keys = ("dataset", "n_cls", "class_names", "mean", "std", "image_size", "opt")
-        about = {key: self.config[key] for key in keys}
+        keys = ("dataset", "n_cls", "class_names", "mean", "std", "image_size", "stages", "opt")
+        about = {key: self.config[key] for key in keys if key in self.config}
         about["config_sha256"] = self.sha256()
         state = {key: value.cpu() for key, value in model.state_dict().items()}  # readable without a GPU
         content = {"model": state, "arch": self.arch, "epoch": self.epoch, "accuracy": self.last, **about}

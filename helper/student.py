@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import DataSource
 from distiller_zoo import Distiller
+from distiller_zoo.distillation import KD_T, has_term, last_stages, loss_terms, select_feats, to_float32
 from helper.checkpoint import check_state
 from helper.run import Run
 from helper.util import RunError
+from models.external import External
 from models.util import head
 
 TERMS = ("loss", "cls", "div", "kd")  # the sum, cross-entropy, KL, the method's own term; the last three unweighted
@@ -30,24 +31,16 @@ def forward_of(model: nn.Module, precision: str = "fp32", compiled: bool = False
     net = torch.compile(model) if compiled else model
     if precision == "fp32":
         return lambda images, preact: net(images, is_feat=True, preact=preact)
-    classifier = head(model)  # in float32: the three digits of bfloat16 are too few for a logit
+    # ours in float32, as the three digits of bfloat16 are too few for a logit; foreign networks see to it themselves
+    classifier = None if isinstance(model, External) else head(model)
 
     def forward(images: Tensor, preact: bool) -> tuple[list[Tensor], Tensor]:
         # no cache: autocast frees it after the forward pass, and a captured CUDA graph would still read it
         with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
-            g, _ = net(images, is_feat=True, preact=preact)
-        return g, classifier(to_float32(g[-1]))
+            g, logit = net(images, is_feat=True, preact=preact)
+        return g, classifier(to_float32(g[-1])) if classifier else logit
 
     return forward
-
-
-def to_float32(f: Tensor) -> Tensor:
-    return f.float() if f.dtype == torch.bfloat16 else f
-
-
-def select_feats(g: list[Tensor], feats: int | slice) -> Tensor | list[Tensor]:
-    """The entries of a feature list that a method asks for, in float32."""
-    return [to_float32(f) for f in g[feats]] if isinstance(feats, slice) else to_float32(g[feats])
 
 
 @dataclass
@@ -166,15 +159,17 @@ class Student:
         distiller: Distiller,
         weights: dict[str, float],
         run: Run,
-        T: float = 4.0,
+        T: float = KD_T,
         forward: Forward | None = None,
         head_t: nn.Linear | None = None,
+        n_stages: int | None = None,
     ):
         self.name, self.model, self.distiller, self.run, self.T = name, model, distiller, run, T
         self.weights = {"gamma": 0.0, "alpha": 0.0, "beta": 0.0, **weights}
         self.forward = forward or forward_of(model)
         self.head_t = head_t  # the teacher's classifier
-        self.has_term = type(distiller).forward is not Distiller.forward and self.weights["beta"] != 0
+        self.n_stages = n_stages  # that are compared, if the two networks have unequal numbers
+        self.has_term = has_term(distiller, self.weights)
         device = next(model.parameters()).device
         self.meters = Meters(device)
         self.epoch = torch.ones((), device=device)  # for warm-ups; refilled, as a CUDA graph reads it
@@ -191,7 +186,7 @@ class Student:
             self.loss, self.trained = self.main_loss, [self.model, self.distiller]
             lr = opt.learning_rate
         params = dict.fromkeys(p for module in self.trained for p in module.parameters() if p.requires_grad)
-        self.optimizer = sgd(list(params), lr, opt)
+        self.optimizer = make_optimizer(list(params), lr, opt)
         self.uses_features = self.in_init or self.has_term
         self.trains_model = any(p in params for p in self.model.parameters())
         self.meters.reset()
@@ -204,12 +199,7 @@ class Student:
         if self.distiller.init_modules(self.model) and not (self.in_init or self.run.epoch or self.run.step):
             return
         self.meters.load(state["meters"])
-        for i, p in enumerate(self.optimizer.param_groups[0]["params"]):
-            if (momentum := state["optimizer"]["state"].get(i, {}).get("momentum_buffer")) is not None:
-                if momentum.shape != p.shape:
-                    raise ValueError(f"momentum of shape {list(momentum.shape)} for a parameter of {list(p.shape)}")
-                # a copy in the parameter's memory format, as the fused kernel goes through both alike
-                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p.detach()).copy_(momentum)
+        restore_optimizer(self.optimizer, state["optimizer"]["state"])
 
     def state_dict(self) -> dict:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "distiller", "optimizer")}
@@ -246,27 +236,21 @@ class Student:
 
     def main_loss(self, images: Tensor, target: Tensor, index: Tensor, out_t: Outputs) -> tuple[Tensor, Tensor]:
         """-> (4,) the loss and its three terms, (B, n_cls) logits"""
-        method, w = self.distiller, self.weights
+        method = self.distiller
         g_s, logit_s = self.forward(images, method.preact_s and self.has_term)
         g_t, logit_t = out_t.get(method.preact_t) or next(iter(out_t.values()), (None, None))
-        cls = F.cross_entropy(logit_s, target)
-        div = method.kl(logit_s, logit_t, self.T) if w["alpha"] else torch.zeros_like(cls)
-        kd = torch.zeros_like(cls)
-        if self.has_term:
-            known = {"index": index, "target": target, "logit_s": logit_s, "logit_t": logit_t}
-            known |= {"epoch": self.epoch, "head_t": self.head_t}
-            f_s, f_t = select_feats(g_s, method.feats), select_feats(g_t, method.feats)
-            kd = method(f_s, f_t, **{name: known[name] for name in method.needs})
-        loss = w["gamma"] * cls + w["alpha"] * div + w["beta"] * kd
-        return torch.stack([loss, cls, div, kd]), logit_s
+        known = {"index": index, "epoch": self.epoch, "head_t": self.head_t}
+        out_s = last_stages(g_s, self.n_stages), logit_s
+        out_t = last_stages(g_t, self.n_stages), logit_t
+        return loss_terms(method, self.weights, self.T, out_s, out_t, target, **known), logit_s
 
     def init_loss(self, images: Tensor, target: Tensor, index: Tensor, out_t: Outputs) -> tuple[Tensor, Tensor | None]:
         """The same of a first stage, which has one term; no logits where it does not train the student."""
         method, f_s, logit_s = self.distiller, None, None
         if self.trains_model:
             g_s, logit_s = self.forward(images, method.preact_s)
-            f_s = select_feats(g_s, method.feats)
-        g_t, _ = out_t[method.preact_t]
+            f_s = select_feats(last_stages(g_s, self.n_stages), method.feats)
+        g_t = last_stages(out_t[method.preact_t][0], self.n_stages)
         loss = method.init_loss(f_s, select_feats(g_t, method.feats))
         zero = torch.zeros_like(loss)
         return torch.stack([loss, zero, zero, loss]), logit_s
@@ -293,11 +277,29 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     return torch.stack(torch._foreach_norm(grads)).norm()
 
 
-def sgd(params: list[nn.Parameter], lr: float, opt) -> torch.optim.SGD:
-    """The published optimizer: momentum, and weight decay on everything that trains; one kernel for all tensors.
+def make_optimizer(params: list[nn.Parameter], lr: float, opt) -> torch.optim.Optimizer:
+    """The published optimizer is SGD with momentum; weight decay on everything that trains; one kernel for all tensors.
 
     The learning rate is a tensor, so that a captured CUDA graph reads it anew in every step.
     """
     device = params[0].device
     lr = torch.tensor(lr, device=device, dtype=torch.float32 if device.type == "cuda" else torch.float64)
+    if opt.optimizer == "adamw":
+        return torch.optim.AdamW(params, lr=lr, weight_decay=opt.weight_decay, fused=True)
     return torch.optim.SGD(params, lr=lr, momentum=opt.momentum, weight_decay=opt.weight_decay, fused=True)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, dict]) -> None:
+    """Copy the saved state of every parameter, checked. Raises ValueError."""
+    sgd = isinstance(optimizer, torch.optim.SGD)
+    names = {"momentum_buffer"} if sgd else {"step", "exp_avg", "exp_avg_sq"}
+    for i, p in enumerate(optimizer.param_groups[0]["params"]):
+        saved = {name: value for name, value in state.get(i, {}).items() if value is not None}
+        if saved and saved.keys() != names:
+            raise ValueError(f"an optimizer's state of {', '.join(saved)}")
+        for name, value in saved.items():
+            # copied into the parameter's memory format, as the fused kernel goes through both alike
+            own = torch.zeros((), device=p.device) if name == "step" else torch.empty_like(p.detach())
+            if value.shape != own.shape:
+                raise ValueError(f"{name} of shape {list(value.shape)} for a parameter of {list(p.shape)}")
+            optimizer.state[p][name] = own.copy_(value)

@@ -17,12 +17,12 @@ class Reused(nn.Module):
     t_dim: inputs of the classifier; factor: how much narrower the projector is; pool: ratio of the last maps' heights
     """
 
-    def __init__(self, net: nn.Module, t_dim: int, n_cls: int, factor: int = 2, pool: int = 1):
+    def __init__(self, net: nn.Module, t_dim: int, n_cls: int, factor: int = 2, pool: int = 1, image_size: int = 32):
         super().__init__()
         if factor > t_dim:
             raise ModelError(f"a projector to {t_dim} channels cannot be {factor} times narrower")
         self.arch = f"{net.arch}-simkd{t_dim}f{factor}" + (f"p{pool}" if pool > 1 else "")
-        c_in, mid = feature_shapes(net)[-2][1], t_dim // factor
+        c_in, mid = feature_shapes(net, image_size)[-2][1], t_dim // factor
         drop_tail(net, set(net.get_feat_modules().modules()))
         net.headless = True  # a foreign network then skips its logits
         self.net = net

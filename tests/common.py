@@ -8,7 +8,7 @@ from torch import nn
 
 from dataset import DataSource
 from dataset.loader import DeviceLoader
-from helper.build import build, new_model
+from helper.build import build, distillation, new_model
 from helper.student import Teacher
 from helper.util import cli_errors
 from models import create_model
@@ -53,7 +53,9 @@ def make_opt(*names, flags=()):
 
 def make_student(name, opt, source, teacher, out, arch="resnet8", device=CPU):
     """A student that has begun, with a run that writes nothing unless it is opened."""
-    student = build(name, arch, new_model(arch, source, opt), out / name, opt, source, device, teacher)
+    student = build(
+        distillation(name, new_model(arch, source, opt), opt, source, teacher), out / name, opt, source, device, teacher
+    )
     student.run.scalars = lambda *_: None
     return student
 

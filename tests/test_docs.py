@@ -11,7 +11,7 @@ import train_student
 import train_teacher
 import transfer_student
 from distiller_zoo import aliases, distiller_dict
-from helper.options import weights_of
+from distiller_zoo.distillation import weights_of
 from scripts import benchmark, convert_checkpoint, plot_corr, plot_curves, plot_tsne, report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +65,7 @@ def test_distill_script_has_the_published_weights():
     first, second = {}, {}
     for opt in commands:
         (name,) = opt.distill
-        (second if name in first else first)[name] = weights_of(name, opt)
+        (second if name in first else first)[name] = weights_of(distiller_dict[name], vars(opt))
     assert first == {name: cls.weights for name, cls in distiller_dict.items() if name not in ("none", "kdsvd")}
     assert second == {name: {**first[name], "alpha": 1.0} for name in ("crd", "rrd", "icd")}
 

@@ -18,7 +18,7 @@ from distiller_zoo import distiller_dict
 from helper import build, loops
 from helper.cuda_graph import CudaGraph
 from helper.loops import train, validate
-from helper.student import Teacher, forward_of, sgd
+from helper.student import Teacher, forward_of, make_optimizer
 from helper.util import RunError
 from models import create_model
 from models.util import head
@@ -138,7 +138,7 @@ def test_a_learning_rate_that_is_refilled_equals_a_float():
     for refill in (True, False):
         torch.manual_seed(0)
         params = [torch.nn.Parameter(torch.randn(size)) for size in ((300,), (7, 5), ())]
-        optimizer = sgd(params, opt.learning_rate, opt)
+        optimizer = make_optimizer(params, opt.learning_rate, opt)
         for lr in (0.05, 0.05, 0.005, 0.0005, 0.0005):
             if refill:
                 optimizer.param_groups[0]["lr"].fill_(lr)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from distiller_zoo import create_distiller, distiller_dict
+from distiller_zoo import create_distiller, distiller_class, distiller_dict
+from distiller_zoo.distillation import weights_of
 from helper.loops import pretrain
-from helper.options import plain, weights_of
+from helper.options import plain
 from helper.run import Run
 from helper.student import Student
 from models import create_model
@@ -72,7 +73,7 @@ def make(name, folder):
         if key.split(".")[0] in EXTRAS:  # adapters of one module are filled by its own keys, embeds with their prefix
             inner = key if key.startswith("embed_") else key.split(".", 1)[1]
             value.copy_(recipe.fill_value(inner, value.shape))
-    weights = weights_of(name, opt)
+    weights = weights_of(distiller_class(name), vars(opt))
     assert weights == {key: record[key] for key in ("gamma", "alpha", "beta")}
     run = Run(folder, record["student"], {"opt": plain(opt)})
     student = Student(name, student, method, weights, run)
