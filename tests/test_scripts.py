@@ -66,7 +66,8 @@ def test_tensorboard_tags(teacher):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(teacher)).Reload()
-    assert set(events.Tags()["scalars"]) == {"train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss"}
+    tags = {"train_acc", "train_loss", "test_acc", "test_acc_top5", "test_macro_f1", "test_loss"}
+    assert set(events.Tags()["scalars"]) == tags
     assert [e.step for e in events.Scalars("test_acc")] == [1, 2]
 
 
