@@ -26,7 +26,6 @@ from helper import checkpoint
 from helper.options import Parser, named, number
 from helper.util import RunError, cli_errors
 from models import model_dict
-from models.reused import Reused
 from scripts.costs import costs
 
 SUFFIXES = {"state_dict": "pth", "safetensors": "safetensors", "onnx": "onnx"}
@@ -83,15 +82,18 @@ def check(content: bytes, layout: str, net: nn.Module, images: Tensor) -> str:
     raise RunError(f"--format {layout}: the logits of the exported network are not those of the checkpoint")
 
 
-def loading(arch: str, n_cls: int, file: str) -> str:
+def loading(arch: str, n_cls: int, net: nn.Module, file: str) -> str:
     """Lines of Python that load an exported file."""
     if file.endswith(".onnx"):
         session = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{file}")'
         return f'{session}\nlogits = session.run(None, {{"images": images}})[0]'
     kind, _, name = arch.rpartition(":")
+    options = f'"{name}", num_classes={n_cls}'
+    for key in ("img_size", "image_size", "aux_logits"):  # what the weights of some networks depend on
+        options += f", {key}={getattr(net, key)}" if hasattr(net, key) else ""
     library, model = {
-        "timm": ("import timm", f'timm.create_model("{name}", num_classes={n_cls})'),
-        "torchvision": ("import torchvision", f'torchvision.models.get_model("{name}", num_classes={n_cls})'),
+        "timm": ("import timm", f"timm.create_model({options})"),
+        "torchvision": ("import torchvision", f"torchvision.models.get_model({options})"),
         "": ("from models import create_model  # of Distillers", f'create_model("{name}", {n_cls})'),
     }.get(kind, (f"from {Path(kind).stem} import {name}", f"{name}()  # for {n_cls} classes"))
     module, state = "torch", f'torch.load("{file}", weights_only=True)'
@@ -151,10 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     if "onnx" in opt.format and (missing := [name for name in ("onnx", "onnxscript") if not find_spec(name)]):
         raise RunError(f"--format onnx: needs {' and '.join(missing)} ({INSTALL})")
     arch, n_cls, net, about = checkpoint.load_network(opt.checkpoint, opt.model, "--model", opt.part)
-    scale = {key: about[key] for key in ("mean", "std") if key in about}
-    if hasattr(net, "net") and not isinstance(net, Reused):  # the adapter of a foreign network
-        scale = {key: torch.as_tensor(getattr(net, key)).flatten().tolist() for key in ("mean", "std")}
-        net = net.net
+    mean, std = about.get("mean"), about.get("std")
+    if hasattr(net, "net") and hasattr(net, "mean"):  # the adapter of a foreign network
+        mean, std, net = net.mean or mean, net.std or std, net.net
     folder, size = opt.checkpoint.parent, opt.image_size or about.get("image_size", 32)
     cost = costs(net, size)
     facts = {
@@ -162,9 +163,9 @@ def main(argv: list[str] | None = None) -> None:
         "Input": f"images, float32 (N, 3, {size}, {size}), RGB",
         "Output": f"logits, float32 (N, {n_cls})",
     }
-    if len(scale) == 2:
-        mean, std = (", ".join(f"{value:.6g}" for value in scale[key]) for key in ("mean", "std"))
-        facts["Input"] += f", from 0 to 1, minus mean ({mean}), divided by std ({std})"
+    if mean and std:
+        minus, by = (", ".join(f"{value:.6g}" for value in values) for values in (mean, std))
+        facts["Input"] += f", from 0 to 1, minus mean ({minus}), divided by std ({by})"
     try:
         facts |= training(folder, arch, n_cls, about)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -173,9 +174,12 @@ def main(argv: list[str] | None = None) -> None:
     files, rows, code = {}, [], []
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     for layout in dict.fromkeys(opt.format):
-        file, content = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', arch)}.{SUFFIXES[layout]}", encode(net, layout, images)
+        file, content = (
+            f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', Path(arch).name)}.{SUFFIXES[layout]}",
+            encode(net, layout, images),
+        )
         rows.append(f"| {file} | {check(content, layout, net, images)} | {hashlib.sha256(content).hexdigest()} |")
-        code.append(f"```python\n{loading(arch, n_cls, file)}\n```")
+        code.append(f"```python\n{loading(arch, n_cls, net, file)}\n```")
         files[file] = content
     if "class_names" in about:
         files["labels.json"] = (json.dumps(about["class_names"], indent=0) + "\n").encode()
