@@ -68,7 +68,7 @@ def check(content: bytes, layout: str, net: nn.Module, images: Tensor) -> str:
         logits = [torch.from_numpy(session.run(None, {"images": batch.numpy()})[0]) for batch in batches]
         error = max(float((logit - expected[: len(logit)]).abs().max()) for logit in logits)
         if error <= 1e-4 * float(expected.abs().max()):  # false for NaN
-            return f"run by onnxruntime, logits equal to {error:.0e}"
+            return f"run by onnxruntime, logits within {error:.0e}"
     else:
         fresh = deepcopy(net)
         for value in fresh.state_dict().values():
@@ -82,14 +82,16 @@ def check(content: bytes, layout: str, net: nn.Module, images: Tensor) -> str:
     raise RunError(f"--format {layout}: the logits of the exported network are not those of the checkpoint")
 
 
-def loading(arch: str, n_cls: int, net: nn.Module, file: str) -> str:
+def loading(arch: str, n_cls: int, net: nn.Module, size: int, file: str) -> str:
     """Lines of Python that load an exported file."""
     if file.endswith(".onnx"):
         session = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{file}")'
         return f'{session}\nlogits = session.run(None, {{"images": images}})[0]'
     kind, _, name = arch.rpartition(":")
     options = f'"{name}", num_classes={n_cls}'
-    for key in ("img_size", "image_size", "aux_logits"):  # what the weights of some networks depend on
+    if getattr(net, "pretrained_cfg", {}).get("fixed_input_size"):  # of timm
+        options += f", img_size={size}"
+    for key in ("image_size", "aux_logits"):  # of torchvision
         options += f", {key}={getattr(net, key)}" if hasattr(net, key) else ""
     library, model = {
         "timm": ("import timm", f"timm.create_model({options})"),
@@ -168,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         facts["Input"] += f", from 0 to 1, minus mean ({minus}), divided by std ({by})"
     try:
         facts |= training(folder, arch, n_cls, about)
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise RunError(f"{folder}: config.json or metrics.jsonl in it is damaged ({error!r})") from error
 
     files, rows, code = {}, [], []
@@ -179,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
             encode(net, layout, images),
         )
         rows.append(f"| {file} | {check(content, layout, net, images)} | {hashlib.sha256(content).hexdigest()} |")
-        code.append(f"```python\n{loading(arch, n_cls, net, file)}\n```")
+        code.append(f"```python\n{loading(arch, n_cls, net, size, file)}\n```")
         files[file] = content
     if "class_names" in about:
         files["labels.json"] = (json.dumps(about["class_names"], indent=0) + "\n").encode()
