@@ -101,7 +101,8 @@ def validate(model: nn.Module, loader: Iterable) -> dict[str, Any]:
     """
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
-    counts, n = 0, 0
+    counts: Any = 0  # (3, n_cls) from the first batch on
+    n = 0
     for images, target, _ in loader:
         logit = model(images)
         top = logit.topk(min(5, logit.size(1)), dim=1).indices  # (B, 5)

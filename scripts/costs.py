@@ -67,12 +67,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     opt = parse(argv)
-    networks = []
-    for name in opt.networks:
-        if is_known(name) or not Path(name).exists():
-            networks.append((name, opt.n_cls, create_model(name, opt.n_cls), {}))
-        else:
-            networks.append(checkpoint.load_network(Path(name), flag="--model"))
+    networks = [
+        (name, opt.n_cls, create_model(name, opt.n_cls), {})
+        if is_known(name) or not Path(name).exists()
+        else checkpoint.load_network(Path(name), flag="--model")
+        for name in opt.networks
+    ]
     print("| network | classes | pixels | parameters | MACs (M) | CPU latency (ms, 1 image, 1 thread) |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for arch, n_cls, model, about in networks:

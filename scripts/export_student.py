@@ -131,11 +131,8 @@ def training(folder: Path, arch: str, n_cls: int, about: dict) -> dict[str, str]
         "Versions": ", ".join(f"{name} {version}" for name, version in part.get("versions", {}).items()),
         "SHA-256 of the configuration": about.get("config_sha256"),
     }
-    return {
-        name: f"{fact:.2f}" if isinstance(fact, float) else f"{fact}"
-        for name, fact in facts.items()
-        if fact not in (None, "")
-    }
+    known = {name: fact for name, fact in facts.items() if fact not in (None, "")}
+    return {name: f"{fact:.2f}" if isinstance(fact, float) else f"{fact}" for name, fact in known.items()}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -173,13 +170,10 @@ def main(argv: list[str] | None = None) -> None:
     except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise RunError(f"{folder}: config.json or metrics.jsonl in it is damaged ({error!r})") from error
 
-    files, rows, code = {}, [], []
+    files, rows, code, name = {}, [], [], re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(arch).name)
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     for layout in dict.fromkeys(opt.format):
-        file, content = (
-            f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', Path(arch).name)}.{SUFFIXES[layout]}",
-            encode(net, layout, images),
-        )
+        file, content = f"{name}.{SUFFIXES[layout]}", encode(net, layout, images)
         rows.append(f"| {file} | {check(content, layout, net, images)} | {hashlib.sha256(content).hexdigest()} |")
         code.append(f"```python\n{loading(arch, n_cls, net, size, file)}\n```")
         files[file] = content
@@ -187,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         files["labels.json"] = (json.dumps(about["class_names"], indent=0) + "\n").encode()
         facts["Output"] += ", classes in the order of labels.json"
     card = [MARK, f"# {arch}", ""]
-    card += [f"- {name}: {''.join(c if c.isprintable() else ' ' for c in fact)}" for name, fact in facts.items()]
+    card += [f"- {name}: {''.join(c if c.isprintable() else ' ' for c in fact):.1000}" for name, fact in facts.items()]
     card += ["", "| file | checked | SHA-256 |", "| --- | --- | --- |", *rows, "", "\n\n".join(code), ""]
     output = opt.output or opt.checkpoint.with_name(f"{opt.checkpoint.stem}_export")
     path = output / "README.md"
@@ -198,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for file, content in (files | {"README.md": "\n".join(card).encode()}).items():
         checkpoint.write(output / file, content)
-    print(*card[2:], f"written to {output}", sep="\n")
+    print(*card[3:], f"written to {output}", sep="\n")
 
 
 if __name__ == "__main__":
