@@ -89,7 +89,7 @@ def write(path: Path, content: bytes | memoryview) -> None:
         raise RunError(f"{path}: cannot be written ({error.strerror}); the old file, if any, is unchanged") from error
 
 
-def read_text(path: Path, largest: int = 2**24) -> bytes:
+def read_text(path: Path, largest: int = 2**28) -> bytes:
     """Read a text file of a run. Raises ValueError where it is too large or not a regular file (a pipe would block)."""
     if not path.is_file() or path.stat().st_size > largest:
         raise ValueError(f"not a file of at most {largest:,} bytes")

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dataset.loader import DeviceLoader
 from helper.cuda_graph import CudaGraph
 from helper.interrupt import interrupt
-from helper.student import Student, Teacher, count_hits
+from helper.student import Student, Teacher
 from helper.util import stream
 from models import file_name
 
@@ -99,17 +99,31 @@ def train(
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, loader: Iterable) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent and mean cross-entropy over every image of a loader, each once."""
+def validate(model: nn.Module, loader: Iterable) -> dict[str, Any]:
+    """Test a network on every image of a loader, each once. Waits for the device only at the end.
+
+    acc, acc_top5, macro_f1 (the mean F1 of the classes that have images) and recall (a list with one entry per class,
+    NaN for a class without images) are in percent; loss is the mean cross-entropy.
+    """
     model.eval()
-    sums, count = torch.zeros(3, dtype=torch.float64, device=next(model.parameters()).device), 0
+    sums = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
+    counts: Any = 0  # (3, n_cls) from the first batch on
+    n = 0
     for images, target, _ in loader:
         logit = model(images)
-        loss = F.cross_entropy(logit, target, reduction="sum").double()
-        sums += torch.cat([count_hits(logit, target), loss[None]])
-        count += len(target)
-    top1, top5, loss = (sums / count).tolist()
-    return {"acc": 100 * top1, "acc_top5": 100 * top5, "loss": loss}
+        top = logit.topk(min(5, logit.size(1)), dim=1).indices  # (B, 5)
+        hit = top == target[:, None]
+        sums += torch.stack([hit.sum().double(), F.cross_entropy(logit, target, reduction="sum").double()])
+        zeros, one = target.new_zeros(logit.size(1)), torch.ones_like(target)
+        right = zeros.index_add(0, target, hit[:, 0].long())
+        counts = counts + torch.stack([right, zeros.index_add(0, target, one), zeros.index_add(0, top[:, 0], one)])
+        n += len(target)
+    right, actual, predicted = counts.double()  # (n_cls,) each
+    macro_f1 = torch.where(actual > 0, 2 * right / (actual + predicted), torch.nan).nanmean()
+    means = torch.cat([sums / n, torch.stack([right.sum() / n, macro_f1]), right / actual])
+    top5, loss, top1, macro_f1, *recall = means.tolist()
+    recall = [100 * share for share in recall]
+    return {"acc": 100 * top1, "acc_top5": 100 * top5, "loss": loss, "macro_f1": 100 * macro_f1, "recall": recall}
 
 
 def pretrain(students: list[Student], teacher: Teacher, loader: DeviceLoader, opt) -> None:
@@ -190,7 +204,7 @@ def graph_of(students: list[Student], opt) -> CudaGraph | None:
     return CudaGraph(devices.pop(), opt.batch_size) if captured and devices else None
 
 
-def record(student: Student, epoch: int, lr: float, test: dict[str, float], val: dict[str, float], opt) -> None:
+def record(student: Student, epoch: int, lr: float, test: dict[str, Any], val: dict[str, Any], opt) -> None:
     """An epoch's line, curves and checkpoints; resume.pth comes last, and so stands for all of them."""
     run, means = student.run, student.meters.read()
     run.tick()
@@ -213,10 +227,9 @@ def record(student: Student, epoch: int, lr: float, test: dict[str, float], val:
         **({"chosen_acc": run.chosen} if val else {}),
         "seconds": run.seconds,
     }
-    run.write_line({key: float(f"{value:.7g}") if key != "epoch" else value for key, value in line.items()})
-    run.scalars(
-        {tag: line[tag] for tag in ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss")}, epoch
-    )
+    run.write_line({key: rounded(value) for key, value in line.items()})
+    tags = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_macro_f1", "test_loss")
+    run.scalars({tag: line[tag] for tag in tags}, epoch)
     arch = file_name(run.arch)
     names = {
         f"{arch}_best": better,
@@ -232,6 +245,13 @@ def record(student: Student, epoch: int, lr: float, test: dict[str, float], val:
         f"test {test['acc']:6.2f}  best {run.best:6.2f}  {run.seconds:6.0f} s",
         flush=True,
     )
+
+
+def rounded(value: Any) -> Any:
+    """A value as metrics.jsonl has it: numbers with 7 digits, percentages in a list with 2 decimals, null for NaN."""
+    if isinstance(value, list):
+        return [None if math.isnan(percent) else round(percent, 2) for percent in value]
+    return value if isinstance(value, int) else float(f"{value:.7g}")
 
 
 def drop_nonfinite(students: list[Student], epoch: int) -> list[Student]:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import accuracy_score, f1_score, recall_score
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -162,6 +164,24 @@ def test_accuracy_does_not_depend_on_the_test_batch():
     assert found[0]["acc"] == found[1]["acc"] == found[2]["acc"]
     assert found[0]["acc_top5"] == found[1]["acc_top5"] == 100
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [7, 1000])
+def test_metrics_of_an_unbalanced_set(size):
+    """As scikit-learn has them; class 3 has no images but is predicted."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(1)
+    images, labels = rng.integers(0, 256, (500, 8, 8, 3), np.uint8), rng.choice(5, 500, p=[0.7, 0.2, 0.08, 0, 0.02])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+    loader = DeviceLoader(images, labels, size, mean=DATA.mean, std=DATA.std)
+    found = validate(model, loader)
+    predicted = torch.cat([model(batch).argmax(1) for batch, _, _ in loader]).numpy()
+    assert found["acc"] == pytest.approx(100 * accuracy_score(labels, predicted)) and 3 in predicted
+    f1 = f1_score(labels, predicted, average="macro", labels=np.unique(labels))
+    assert found["macro_f1"] == pytest.approx(100 * f1)
+    recall = recall_score(labels, predicted, average=None, labels=range(5), zero_division=np.nan)
+    np.testing.assert_allclose(found["recall"], 100 * recall)
+    assert np.isnan(found["recall"]).tolist() == [False, False, False, True, False]
 
 
 # --- captured steps ---

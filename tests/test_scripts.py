@@ -1,6 +1,7 @@
 """The entry scripts as a user calls them: what they leave, and what they say to wrong input."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import train_student
 import train_teacher
 from helper import checkpoint
 from models import create_model
+from scripts import plotting
 from tests.common import call
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,8 +68,27 @@ def test_tensorboard_tags(teacher):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(teacher)).Reload()
-    assert set(events.Tags()["scalars"]) == {"train_acc", "train_loss", "test_acc", "test_acc_top5", "test_loss"}
+    tags = {"train_acc", "train_loss", "test_acc", "test_acc_top5", "test_macro_f1", "test_loss"}
+    assert set(events.Tags()["scalars"]) == tags
     assert [e.step for e in events.Scalars("test_acc")] == [1, 2]
+
+
+def test_recall_of_each_class(image_folder, tmp_path, monkeypatch, capsys):
+    """null where a class has no test images; files of earlier versions, which lack it, can still be read."""
+    shutil.copytree(image_folder, tmp_path / "images")
+    shutil.rmtree(tmp_path / "images" / "test" / "green")
+    args = ["--dataset", "folder", "--data_folder", tmp_path / "images", *TEACHER, "--val_split", "0.3"]
+    assert call(train_teacher, [*args, "--output", tmp_path / "out"], monkeypatch, capsys)[0] == 0
+    (path,) = tmp_path.rglob("metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        blue, green, red = line["test_recall"]
+        assert green is None and (blue + red) / 2 == pytest.approx(line["test_acc"], abs=0.01)  # of four images each
+        assert sum(line["val_recall"]) / 3 == pytest.approx(line["val_acc"], abs=0.01) and line["val_macro_f1"] >= 0
+    assert len(plotting.read_runs([tmp_path])) == 1
+    old = [{key: value for key, value in line.items() if "recall" not in key and "f1" not in key} for line in lines]
+    path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert len(plotting.read_runs([tmp_path])[0]["epochs"]) == 2
 
 
 def test_a_student_in_a_group_is_the_student_alone(data, path_t, tmp_path, monkeypatch, capsys):
