@@ -196,6 +196,7 @@ def record(student: Student, epoch: int, lr: float, test: dict[str, float], val:
         **{f"val_{name}": value for name, value in val.items()},
         **({"chosen_acc": run.chosen} if val else {}),
         "seconds": run.seconds,
+        **({"peak_mib": torch.cuda.max_memory_allocated() / 2**20} if student.epoch.is_cuda else {}),  # of the process
     }
     run.write_line({key: float(f"{value:.7g}") if key != "epoch" else value for key, value in line.items()})
     run.scalars(
