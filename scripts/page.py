@@ -27,7 +27,7 @@ DIFFERENCES = ("vs", "published")
 FILES = ("config.json", "metrics.jsonl")
 
 
-def html(numbers: dict, title: str) -> str:
+def html(numbers: dict) -> str:
     """The page; all text that comes from a run's files is escaped."""
     runs = numbers["runs"]
     states = [f"{n} {s}" for s in ("finished", "failed", "unfinished") if (n := sum(run["state"] == s for run in runs))]
@@ -36,7 +36,7 @@ def html(numbers: dict, title: str) -> str:
     with matplotlib.rc_context(PLAIN):
         body = [accuracy(numbers), over_pairs(numbers), cost(numbers), run_list(runs)]
     content = json.dumps(numbers, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return TEMPLATE.substitute(title=escape(title), summary=summary, body="\n".join(body), json=content)
+    return TEMPLATE.substitute(title=escape(numbers["title"]), summary=summary, body="\n".join(body), json=content)
 
 
 def embedded(text: str) -> dict:
@@ -203,7 +203,8 @@ def cost(numbers: dict) -> str:
         x, y = [cell["seconds"] / cell["together"] for cell in cells], [cell["last"][0] for cell in cells]
         axes.scatter(x, y, label=pair.replace("->", " → "), **style)
     axes.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", fontsize=8)
+    if numbers["pairs"]:
+        figure.legend(loc="outside right upper", fontsize=8)
     rows = []
     for name, net in numbers["networks"].items():
         macs = f"{net['macs'] / 1e6:,.1f}" if "macs" in net else "-"

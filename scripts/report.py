@@ -24,7 +24,7 @@ from scripts.compare import analyse, digest, facts
 from scripts.plot_curves import curves
 from scripts.plotting import DAMAGED, begun, find_runs, shown, write_picture
 
-NAMES = ("report.md", "report.html", "report.csv", "table.tex")
+NAMES = ("report.html", "report.csv", "table.tex")
 DRAWN_BY = f"Matplotlib v{matplotlib.__version__}"
 
 
@@ -46,29 +46,28 @@ def table(runs: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
 
 
-def make(found: list[dict], root: Path, control: str | None, sums: dict[str, str]) -> dict[str, str]:
-    """The text of every file but the picture. sums: SHA-256 of checkpoints that are no longer there."""
-    runs = [facts(run, root) for run in found]
+def make(found: list[dict], root: Path, title: str, control: str | None, sums: dict[str, str]) -> dict[str, str]:
+    """The text of every file of the page. sums: SHA-256 of checkpoints, for those that are no longer there."""
+    runs = sorted((facts(run, root) for run in found), key=lambda run: run["folder"])
     for run in runs:
         run["sha256"] = digest(root / run["folder"]) or sums.get(run["folder"])
-    numbers = analyse(runs, control)
-    html = page.html(numbers, shown(root.resolve().name))
-    texts = (f"{table(begun(found))}\n", html, page.csv_text(numbers), page.latex(numbers))
-    return dict(zip(NAMES, texts, strict=True))
+    numbers = {"title": title, **analyse(runs, control)}
+    return dict(zip(NAMES, (page.html(numbers), page.csv_text(numbers), page.latex(numbers)), strict=True))
 
 
 def check(found: list[dict], root: Path) -> None:
-    """Compare the report's files with the logs. Exit code 1 if they differ."""
+    """Compare the files of the page with the logs. Exit code 1 if they differ."""
     try:
         there = {name: (root / name).read_bytes().decode(errors="replace") for name in NAMES}
     except OSError as error:
         raise RunError(f"{error.filename}: cannot be read ({error.strerror}); --check needs a report") from error
     try:
         numbers = page.embedded(there["report.html"])
-        control, sums = numbers["control"], {run["folder"]: run["sha256"] for run in numbers["runs"]}
-    except DAMAGED:  # it will differ
-        control, sums = None, {}
-    made = make(found, root, control, sums)
+        sums = {run["folder"]: run["sha256"] for run in numbers["runs"]}
+        made = make(found, root, str(numbers["title"]), numbers["control"], sums)
+    except DAMAGED as error:
+        print(f"{root / 'report.html'}: was changed ({error!r})")
+        raise SystemExit(1) from error
     if DRAWN_BY not in there["report.html"]:
         print(f"note: the figures were not drawn by this {DRAWN_BY} and are not compared")
         for texts in (there, made):
@@ -97,13 +96,14 @@ def main(argv: list[str] | None = None) -> None:
     root, found = opt.folder, find_runs([opt.folder])
     if opt.check:
         return check(found, root)
-    texts = make(found, root, opt.control, {})
-    shared = "Students of one call share the teacher and the clock: the seconds are those of the whole call."
-    print(f"{texts['report.md']}{shared}")
-    for name, text in texts.items():
-        checkpoint.write(root / name, text.encode())
+    texts = make(found, root, shown(root.resolve().name), opt.control, {})
+    runs = begun(found)
+    text = table(runs)
+    print(f"{text}\nStudents of one call share the teacher and the clock: the seconds are those of the whole call.")
+    for name, content in {"report.md": f"{text}\n", **texts}.items():
+        checkpoint.write(root / name, content.encode())
     print(f"table: {root / 'report.md'}")
-    write_picture(curves(begun(found), ["test_acc", "test_loss"]), root / "report.png")
+    write_picture(curves(runs, ["test_acc", "test_loss"]), root / "report.png")
     print(f"page: {root / 'report.html'}")
 
 

@@ -1,12 +1,21 @@
 """The report's page: its numbers against plain loops and other libraries, what it says of runs, and its check."""
 
+import csv
+import itertools
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
 from torch import nn
 
 import train_student
 from helper.options import plain, weights_of
 from helper.run import Run, opened
 from helper.util import cli_errors
-from scripts import report
+from scripts import page, report, stats
 
 PAIRS = [("wrn_40_2", "wrn_16_2"), ("vgg13", "vgg8"), ("resnet32x4", "ShuffleV1"), ("resnet56", "resnet20")]
 EPOCHS = 6
@@ -21,7 +30,7 @@ def call(*args):
 
 
 def make_run(out, method, pair, trial, acc, *flags, epochs=EPOCHS, done=None, failed="", options=None, **entries):
-    """A run's folder, written as training does; its accuracy rises to `acc`, with the best in the last epoch but one."""
+    """A run's folder, written as training does; its accuracy rises to `acc`, and is best in the last epoch but one."""
     args = ["--path_t", "x", "--model_s", pair[1], "--distill", method, "--trial", trial, "--epochs", epochs, *flags]
     opt = train_student.parse([str(arg) for arg in args])
     weights = {"gamma": 0, "alpha": 0, "beta": 0, **weights_of(method, opt)}
@@ -43,3 +52,107 @@ def make_run(out, method, pair, trial, acc, *flags, epochs=EPOCHS, done=None, fa
         elif done == epochs:
             run.save(f"{pair[1]}_last", nn.Linear(2, int(trial) % 7 + 1))
     return folder
+
+
+def numbers_of(root):
+    return page.embedded((root / "report.html").read_text())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Four pairs, three methods, three trials; one trial has failed, one is unfinished, one cell is missing."""
+    root, rng = tmp_path_factory.mktemp("table"), np.random.default_rng(0)
+    for pair, (method, gain) in itertools.product(PAIRS, [("kd", 0), ("crd", 1), ("attention", -1)]):
+        for trial in "123":
+            acc, held = 70 + gain + rng.normal(), (pair, method, trial)
+            if held == (PAIRS[0], "crd", "2"):
+                make_run(root, method, pair, trial, acc, done=0, failed="epoch 1, step 7: the loss is not finite")
+            elif held == (PAIRS[1], "crd", "3"):
+                make_run(root, method, pair, trial, acc, done=4)
+            elif (pair, method) != (PAIRS[2], "attention"):
+                make_run(root, method, pair, trial, acc)
+    for trial in "123":
+        make_run(root, "none", ("none", "vgg8"), trial, 65 + int(trial))
+    make_run(root, "none", ("none", "vgg8"), "1", 66)  # again with the same seed
+    assert call(root) == 0
+    return root
+
+
+def test_cells_are_those_of_the_logs(root):
+    """Against loops over the files, in plain Python."""
+    numbers, found = numbers_of(root), {}
+    for path in root.rglob("config.json"):
+        config = json.loads(path.read_text())
+        log = path.with_name("metrics.jsonl")
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        cell = config["method"], f"{config['teacher']}->{config['arch']}".replace("none->", "vgg13->")
+        if len(lines) == EPOCHS:
+            by_trial = found.setdefault(cell, {})
+            by_trial[config["opt"]["trial"]] = lines[-1]["test_acc"], max(line["test_acc"] for line in lines)
+    for (method, pair), by_trial in found.items():
+        cell = numbers["cells"][method][pair]
+        assert len(cell["trials"]) == len(by_trial)
+        for key, values in zip(("last", "best"), zip(*by_trial.values(), strict=True), strict=True):
+            mean = sum(values) / len(values)
+            sd = (sum((x - mean) ** 2 for x in values) / (len(values) - 1)) ** 0.5
+            assert cell[key] == pytest.approx([mean, sd], rel=1e-5)
+        both = [trial for trial in by_trial if trial in found.get(("kd", pair), {})]
+        if method != "kd":
+            d = [by_trial[trial][0] - found["kd", pair][trial][0] for trial in both]
+            low, high = scipy_stats.ttest_1samp(d, 0).confidence_interval()
+            assert cell["vs"]["mean"] == pytest.approx(sum(d) / len(d), rel=1e-4)
+            assert cell["vs"]["half"] == pytest.approx((high - low) / 2, rel=1e-4)
+    assert sum(len(row) for row in numbers["cells"].values()) == len(found) == 4 + 4 + 3 + 1
+
+
+def test_cells_that_are_not_whole_are_marked(root):
+    cells = numbers_of(root)["cells"]
+    first, second = cells["crd"]["wrn_40_2->wrn_16_2"], cells["crd"]["vgg13->vgg8"]
+    assert (first["failed"], first["unfinished"], second["failed"], second["unfinished"]) == (1, 0, 0, 1)
+    assert "resnet32x4->ShuffleV1" not in cells["attention"]
+    assert cells["none"]["vgg13->vgg8"]["repeated"] == 1
+    html = (root / "report.html").read_text()
+    assert "n 2, 1 failed" in html and "n 2, 1 unfinished" in html and 'title="no run"' in html
+    with open(root / "report.csv", newline="") as file:
+        (failed,) = [row for row in csv.DictReader(file) if row["state"] == "failed"]
+    assert (failed["method"], failed["trial"], failed["last"]) == ("crd", "2", "")
+    assert failed["reason"] == "epoch 1, step 7: the loss is not finite"
+
+
+def test_every_run_is_linked_and_has_its_checkpoint(root):
+    html, numbers = (root / "report.html").read_text(), numbers_of(root)
+    for link in re.findall(r'<a href="\./([^"]+)"', html):
+        assert (root / link).exists() or "crd_" in link, link  # a run without an epoch has no metrics.jsonl
+    for run in numbers["runs"]:
+        assert (run["sha256"] is None) == (run["state"] != "finished")
+    assert len({run["sha256"] for run in numbers["runs"]}) > 3
+    html = re.sub("<svg.*?</svg>", "", html, flags=re.DOTALL)  # Matplotlib names its address in there
+    assert "https:" not in html and "src=" not in html
+
+
+def test_check_finds_an_edit_of_log_or_page(root, tmp_path, capsys):
+    root = shutil.copytree(root, tmp_path / "elsewhere", copy_function=shutil.copy)  # with other times
+    assert call("--check", root) == 0
+    log = next(root.rglob("*_kd_*/metrics.jsonl"))
+    page_text = (root / "report.html").read_text()
+    shown = re.search(r'<span class="last[^>]*>(\d\d\.\d\d)', page_text)
+    embedded = re.search(r'"last":\[(\d\d\.\d+)', page_text)
+    tick = re.search(r">(\d\d)</text>", page_text)
+    edits = [(root / "report.html", found.start(1)) for found in (shown, embedded, tick)]
+    edits += [(root / "table.tex", (root / "table.tex").read_text().index(".") + 1)]
+    edits += [(root / "report.csv", (root / "report.csv").read_text().index("finished,,6,6,") + 14)]
+    edits += [(log, log.read_text().rindex('"test_acc": ') + 13)]
+    for path, at in edits:
+        text = path.read_text()
+        assert text[at].isdigit()
+        path.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+        capsys.readouterr()
+        assert call("--check", root) == 1
+        assert str(root / "report.html" if path == log else path) in capsys.readouterr().out
+        path.write_text(text)
+    next(root.rglob("*_last.pth")).unlink()  # too large to be handed on with the logs
+    assert call("--check", root) == 0
+    next(root.rglob("*_last.pth")).write_bytes(b"another")
+    assert call("--check", root) == 1
+    (root / "report.html").unlink()
+    assert call("--check", root) == 2
