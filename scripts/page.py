@@ -188,7 +188,12 @@ def rank_figure(ranks: dict[str, float], cd: float) -> str:
         y, end, side = -1.6 * (i if left else k - 1 - i), *((0.8, -1) if left else (k + 0.2, 1))
         axes.plot([value, value, end], [top, y, y], **ink, linewidth=0.7)
         axes.text(
-            end + 0.02 * k * side, y, f"{name} {value:.2f}", ha="right" if left else "left", va="center", fontsize=9
+            end + 0.02 * k * side,
+            y,
+            f"{name[:40]} {value:.2f}",
+            ha="right" if left else "left",
+            va="center",
+            fontsize=9,
         )
     return svg(figure)
 
@@ -201,7 +206,7 @@ def cost(numbers: dict) -> str:
         cells = [row[pair] for row in numbers["cells"].values() if row.get(pair, {}).get("trials")]
         style = {"color": COLOURS.by_key()["color"][i % 8], "marker": "os^Dv"[i // 8 % 5], "alpha": 0.8, "s": 22}
         x, y = [cell["seconds"] / cell["together"] for cell in cells], [cell["last"][0] for cell in cells]
-        axes.scatter(x, y, label=pair.replace("->", " → "), **style)
+        axes.scatter(x, y, label=pair.replace("->", " → ")[:60], **style)
     axes.grid(alpha=0.25)
     if numbers["pairs"]:
         figure.legend(loc="outside right upper", fontsize=8)
@@ -240,7 +245,7 @@ def run_list(runs: list[dict]) -> str:
             about += ["-"] * 4
         files = " ".join(f'<a href="./{quote(run["folder"])}/{name}">{name}</a>' for name in FILES)
         sha256 = f'<code title="SHA-256 {run["sha256"]}">{(run["sha256"] or "none")[:12]}</code>'
-        worst = "lowest recall: " + ", ".join(f"{name} {value:.2f}" for value, name in run["worst"])
+        worst = "lowest recall: " + ", ".join(f"{name[:40]} {value:.2f}" for value, name in run["worst"])
         more = "; ".join([run["device"], *[worst] * bool(run["worst"]), run["command"]])
         more = f"<details><summary>command</summary><code>{escape(more)}</code></details>"
         rows.append([*(escape(str(value)) for value in about), files, escape(run["commit"]), sha256, more])

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -156,3 +157,114 @@ def test_check_finds_an_edit_of_log_or_page(root, tmp_path, capsys):
     assert call("--check", root) == 1
     (root / "report.html").unlink()
     assert call("--check", root) == 2
+
+
+def test_tests_over_pairs_are_those_of_scikit_posthocs():
+    posthocs, rng = pytest.importorskip("scikit_posthocs"), np.random.default_rng(0)
+    table = rng.normal(size=(9, 6)) + np.arange(6) * 0.7  # pairs by methods
+    above = np.triu_indices(6, 1)
+    ps = [stats.signed_rank(list(table[:, i] - table[:, j])) for i, j in zip(*above, strict=True)]
+    plain, holm = (posthocs.posthoc_wilcoxon(list(table.T), p_adjust=name).to_numpy()[above] for name in (None, "holm"))
+    assert ps == pytest.approx(plain) and stats.holm(ps) == pytest.approx(holm)
+    nemenyi = posthocs.posthoc_nemenyi_friedman(table).to_numpy()
+    ranks = stats.mean_ranks(table)
+    apart = np.abs(ranks[:, None] - ranks) > stats.critical_difference(6, 9)
+    assert (apart == (nemenyi < 0.05)).all() and 0 < apart.sum() < 30
+
+
+@pytest.mark.parametrize("d", [[0.1, 0.1, -0.1, 0.3, 0.0], [0.2] * 5, [-1.0, 2, 3, -4, 5, 6], [0.0, 0.0]])
+def test_signed_rank_is_exact_with_ties(d):
+    """By all signs that the differences could have."""
+    kept = [x for x in d if x]
+    ranks = [sum(abs(y) < abs(x) for y in kept) + (sum(abs(y) == abs(x) for y in kept) + 1) / 2 for x in kept]
+    sums = [
+        sum(r for r, up in zip(ranks, signs, strict=True) if up)
+        for signs in itertools.product((0, 1), repeat=len(kept))
+    ]
+    own = sum(r for r, x in zip(ranks, kept, strict=True) if x > 0)
+    extreme = [abs(s - sum(ranks) / 2) >= abs(own - sum(ranks) / 2) for s in sums]
+    assert stats.signed_rank(d) == pytest.approx(sum(extreme) / len(extreme))
+
+
+def test_intervals_and_power():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(70, 0.3, 5), rng.normal(70.2, 0.5, 3)
+    low, high = scipy_stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    found = stats.welch((*stats.mean_sd(a), 5), (*stats.mean_sd(b), 3))
+    assert found == pytest.approx([(low + high) / 2, (high - low) / 2])
+    assert stats.mean_sd([70.0]) == [70.0, None] and stats.paired([0.5]) == [0.5, None]
+    for n in (3, 5):  # two groups, a million times
+        groups = rng.normal(size=(2, 100_000, n))
+        groups[0] += stats.detectable(n)
+        assert (scipy_stats.ttest_ind(*groups, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
+    pairs = [[0.5, -0.2, 0.0], [1.0, 2.0], [-1.0]]
+    draws = []
+    for _ in range(4000):
+        wins = []
+        for i in rng.integers(3, size=3):
+            trials = [pairs[i][j] for j in rng.integers(len(pairs[i]), size=len(pairs[i]))]
+            wins.append(sum((x > 0) + (x == 0) / 2 for x in trials) / len(trials))
+        draws.append(sum(wins) / 3)
+    p, low, high = stats.beats(pairs)
+    assert p == pytest.approx((0.5 + 1 + 0) / 3) and stats.beats(pairs) == [p, low, high]  # seeded
+    assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.04)
+
+
+def test_published_numbers_are_compared_where_the_protocol_is_theirs(tmp_path):
+    pair, key = ("resnet32x4", "resnet8x4"), "resnet32x4->resnet8x4"
+    accs = {"kd": (73.3, 73.5, 73.1), "crd": (76.0, 76.3, 75.9), "dkd": (76.0, 76.1, 76.2), "none": (72.5,)}
+    for method, values in accs.items():
+        for trial, acc in enumerate(values):
+            make_run(tmp_path, method, pair, trial, acc, epochs=240)
+    make_run(tmp_path, "pkt", pair, 1, 73.6, "--batch_size", 128, epochs=240)
+    assert call(tmp_path) == 0
+    cells = {method: row[key] for method, row in numbers_of(tmp_path)["cells"].items()}
+    readme, again = cells["crd"]["published"]
+    assert (readme["value"], readme["verdict"]) == (75.51, "published uncertainty unknown")
+    theirs = scipy_stats.ttest_ind_from_stats(np.mean(accs["crd"]), np.std(accs["crd"], ddof=1), 3, again["value"],
+                                              again["sd"], 5, equal_var=False)  # fmt: skip
+    assert again["verdict"] == ("beyond noise" if theirs.pvalue < 0.05 else "within noise") == "beyond noise"
+    assert [p["verdict"] for p in cells["kd"]["published"]] == ["published uncertainty unknown", "within noise"]
+    (dkd,) = cells["dkd"]["published"]  # whose source reports the best epoch
+    assert dkd["difference"] == pytest.approx(76.1 + 0.25 - 76.32, abs=0.001)
+    assert {p["verdict"] for p in cells["none"]["published"]} == {"one trial"}
+    assert cells["pkt"]["published"] == [] and cells["pkt"]["off"] == ["batch_size 128"]
+    assert "Not compared: runs with batch_size 128" in (tmp_path / "report.html").read_text()
+
+
+def test_runs_of_other_settings_are_no_trials_of_the_same(tmp_path):
+    make = {"kd": [], "kd, logit_stand": ["--logit_stand"], "crd + kd": ["-a", 1], "crd, beta 5": ["-b", 5]}
+    make |= {"pkt, batch_size 64": [], "pkt, batch_size 32": ["--batch_size", 32]}
+    for trial, (label, flags) in enumerate(make.items(), 1):
+        make_run(tmp_path, re.split("[ ,]", label)[0], PAIRS[0], trial, 70, *flags)
+    assert call(tmp_path, "--control", "crd + kd") == 0
+    numbers = numbers_of(tmp_path)
+    assert numbers["cells"].keys() == make.keys()
+    assert numbers["control"] == "crd + kd" and "vs" in numbers["cells"]["kd"]["wrn_40_2->wrn_16_2"]
+    assert call(tmp_path, "--control", "crd") == 2
+
+
+def test_what_files_say_cannot_become_markup(tmp_path):
+    bad = """</script><script>alert(1)</script><img src=x onerror="alert('1')">&_%$\\"""
+    for trial in "12":
+        make_run(tmp_path, "kd", PAIRS[0], trial, 70, dataset=bad, teacher=bad, class_names=[bad] * 100)
+    make_run(tmp_path / bad.replace("/", ""), "kd", PAIRS[0], "3", 70, failed=bad, done=2, arch=bad)
+    assert call(tmp_path) == 0 and call("--check", tmp_path) == 0
+    tags = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attrs: tags.append((tag, *(key for key, _ in attrs)))
+    parser.feed((tmp_path / "report.html").read_text())
+    assert sum(tag == "script" for tag, *_ in tags) == 2
+    assert not [tag for tag, *keys in tags if tag == "img" or any(key.startswith("on") for key in keys)]
+    (row,) = [line for line in (tmp_path / "table.tex").read_text().splitlines() if line.startswith("Teacher")]
+    assert r"\&\_\%\$\textbackslash{}" in row
+
+
+def test_a_run_that_failed_in_training(image_folder, tmp_path):
+    usual = ["--dataset", "folder", "--data_folder", image_folder, "--epochs", 1, "--batch_size", 22, "--device", "cpu"]
+    for rate, code in (("1e30", 1), ("0.01", 0)):
+        args = [*usual, "--output", tmp_path, "--distill", "none", "--learning_rate", rate, "--trial", code]
+        assert cli_errors(lambda args=args: train_student.main([str(arg) for arg in args])) == code
+    assert call(tmp_path) == 0
+    runs = {run["trial"]: run for run in numbers_of(tmp_path)["runs"]}
+    assert runs["1"]["state"] == "failed" and "not finite" in runs["1"]["reason"] and runs["0"]["state"] == "finished"
