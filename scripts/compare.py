@@ -59,7 +59,10 @@ def facts(run: dict, root: Path) -> dict:
         settings = {key: opt[key] for key in sorted(PROTOCOL.keys() | ENGINE) if key in opt}
         settings["image_size"] = config["image_size"]
         usual = PROTOCOL | {"learning_rate": default_lr.get(opt.get("model_s"), LR)}
-        recall = zip(config["class_names"], final.get("test_recall", ()), strict=False)
+        extra = {key: float(final[key]) for key in ("test_macro_f1", "peak_mib") if key in final}
+        if not all(abs(value) < 1e30 for value in extra.values()):
+            raise ValueError("a number that cannot be plotted")
+        recall = zip(final.get("test_recall", ()), config["class_names"], strict=False)
         return {
             "folder": run["folder"].relative_to(root).as_posix(),
             "role": shown(config["role"]),
@@ -76,10 +79,10 @@ def facts(run: dict, root: Path) -> dict:
             "last": epochs[-1]["test_acc"] if epochs else None,
             "best": best.get("test_acc"),
             "best_epoch": best.get("epoch"),
-            "macro_f1": float(final["test_macro_f1"]) if "test_macro_f1" in final else None,
-            "worst": sorted([float(value), shown(name)] for name, value in recall)[:5],
+            "macro_f1": extra.get("test_macro_f1"),
+            "worst": sorted([float(value), shown(name)] for value, name in recall if 0 <= value <= 100)[:5],
             "seconds": epochs[-1]["seconds"] if epochs else 0.0,
-            "peak_mib": float(final["peak_mib"]) if "peak_mib" in final else None,
+            "peak_mib": extra.get("peak_mib"),
             "together": len(opt.get("distill", [0])),
             "call": clean([part.get(key) for key in ("host", "pid", "argv")]),
             "arch": shown(config["arch"]),
@@ -93,7 +96,7 @@ def facts(run: dict, root: Path) -> dict:
             "off": [
                 shown(f"{key} {settings[key]}") for key in settings if settings[key] != usual.get(key, settings[key])
             ],
-            "curve": [[round(line[key], 3) for line in epochs] for key in ("test_acc", "train_loss")],
+            "curve": [[float(f"{line[key]:.4g}") for line in epochs] for key in ("test_acc", "train_loss")],
         }
     except ANYTHING as error:
         raise RunError(f"{run['folder'] / 'config.json'}: damaged ({error!r})") from error
@@ -160,17 +163,17 @@ def summarise(method: str, pair: str, members: list[int], runs: list[dict]) -> d
 
 
 def against(row: dict, pair: str, cell: dict) -> dict:
-    """A published number, and ours of the same epoch (the last where the source does not say) minus it."""
+    """A published number; ours of the same epoch (the last where the source does not say) minus it, on the mean."""
     mean, sd = cell["best" if row["epoch"] == "best" else "last"]
     value, n, theirs = row["pairs"][pair], len(cell["trials"]), row.get("sd", {}).get(pair)
     half, verdict = None, "published uncertainty unknown"
     if theirs and row["n"] and sd is not None:
         half = stats.welch((mean, sd, n), (value, theirs, row["n"]))[1]
-        verdict = "within noise" if abs(mean - value) <= half else "beyond noise"
+        verdict = noise(mean - value, half)
     elif sd is None:
         verdict = "one trial"
     about = {"source": PUBLISHED["sources"][row["source"]], "epoch": row["epoch"], "n": row["n"], "sd": theirs}
-    return {"value": value, "difference": mean - value, "half": half, "verdict": verdict, **about}
+    return {"value": value, "mean": mean - value, "half": half, "verdict": verdict, **about}
 
 
 def versus(cell: dict, control: dict, runs: list[dict]) -> dict | None:
@@ -180,7 +183,11 @@ def versus(cell: dict, control: dict, runs: list[dict]) -> dict | None:
     theirs = {runs[i]["seed"]: runs[i]["last"] for i in control["trials"]}
     shared = [runs[i]["last"] - theirs[runs[i]["seed"]] for i in cell["trials"] if runs[i]["seed"] in theirs]
     mean, half = stats.paired(shared) if shared else [cell["last"][0] - control["last"][0], None]
-    return {"mean": mean, "half": half, "trials": shared}
+    return {"mean": mean, "half": half, "verdict": noise(mean, half), "trials": shared}
+
+
+def noise(difference: float, half: float | None) -> str | None:
+    return None if half is None else "within noise" if abs(difference) <= half else "beyond noise"
 
 
 def across(cells: dict) -> dict:
@@ -220,7 +227,7 @@ def networks(runs: list[dict]) -> dict:
         name = f"{run['arch']}, {run['dataset']}, {run['image_size']} pixels"
         if name not in found and run["role"] in ("student", "teacher"):
             found[name] = {"params": run["params"], "taught": []}
-            if costs and run["arch"] in model_dict and 0 < run["n_cls"] < 1e5 and 8 <= run["image_size"] <= 1024:
+            if costs and run["arch"] in model_dict and 0 < run["n_cls"] < 1e5 and 8 <= run["image_size"] <= 512:
                 found[name]["macs"] = costs(create_model(run["arch"], run["n_cls"]), run["image_size"])["macs"]
         if run["role"] == "teacher" and run["state"] == "finished":
             found[name]["taught"].append(run["last"])
@@ -245,8 +252,8 @@ def analyse(runs: list[dict], control: str | None) -> dict:
                 cell["vs"] = versus(cell, cells[control][pair], runs)
     calls = defaultdict(float)  # students of one call share the clock
     for run in runs:
-        key = run.pop("call")
-        calls[key] = max(calls[key], run["seconds"])
+        call, _ = run.pop("call"), run.pop("settings")
+        calls[call] = max(calls[call], run["seconds"])
     counts = sorted({len(cell["trials"]) for row in cells.values() for cell in row.values()} - {0, 1})
     numbers = {"control": control, "pairs": pairs, "hours": sum(calls.values()) / 3600, "cells": cells}
     numbers |= {"across": across(cells), "rank": rank(cells, pairs), "networks": networks(runs)}

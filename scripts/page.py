@@ -23,7 +23,7 @@ MINUS = "\N{MINUS SIGN}"
 PLAIN |= {f"{key}color": INK for key in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.")}
 VIEWS = {"last": "last epoch", "best": "best epoch", "vs": "difference to", "published": "difference to published"}
 VIEWS |= {"seconds": "seconds per epoch", "macro_f1": "macro-F1"}
-DIFFERENCES = ("vs", "published")
+MARKED, MARKS = ("vs", "published"), {"within noise": " ≈", "beyond noise": " ≠"}
 FILES = ("config.json", "metrics.jsonl")
 
 
@@ -65,7 +65,8 @@ def accuracy(numbers: dict) -> str:
     cells = [cell for row in numbers["cells"].values() for cell in row.values()]
     most = max((len(cell["trials"]) for cell in cells), default=0)
     views = [view for view in VIEWS if any(cell.get(view) for cell in cells)]
-    widest = {view: max((abs(difference(cell, view)[0]) for cell in cells), default=0) or 1 for view in DIFFERENCES}
+    found = {view: [d["mean"] for cell in cells if (d := difference(cell, view))] for view in MARKED}
+    widest = {view: max(map(abs, values), default=0) or 1 for view, values in found.items()}
 
     def content(method: str, pair: str) -> str:
         cell = numbers["cells"][method].get(pair)
@@ -76,10 +77,11 @@ def accuracy(numbers: dict) -> str:
         note, spans = f"<em>{', '.join(notes)}</em>" * bool(notes), []
         for view in views:
             text, kind = "-", view
-            if view in DIFFERENCES and cell.get(view):
-                value, half, mark = difference(cell, view)
-                text = f"{'+' if value >= 0 else MINUS}{spread(abs(value), half)}{mark}"
-                kind += f'{" up" if value > 0 else " down"}" style="--s:{abs(value) / widest[view]:.2f}'
+            if view in MARKED and cell.get(view):
+                d = difference(cell, view)
+                sign, side = ("+", "up") if d["mean"] > 0 else (MINUS, "down")
+                text = f"{sign}{spread(abs(d['mean']), d['half'])}{MARKS.get(d.get('verdict'), '')}"
+                kind += f' {side}" style="--s:{abs(d["mean"]) / widest[view]:.2f}'
             elif view == "seconds" and cell["trials"]:
                 text = f"{cell['seconds']:.3g}" + f" <small>/ {cell['together']}</small>" * (cell["together"] > 1)
             elif cell.get(view):
@@ -97,21 +99,17 @@ def accuracy(numbers: dict) -> str:
     about = (
         f"Test accuracy in percent; mean ± standard deviation over {most} trials, or n. Bold: the highest mean of a "
         "pair, significant or not. ·: no run. A cell opens its curves, runs, commands and checksums. Differences to "
-        f"{control}: over shared seeds, with the 95% interval of a paired t test. Seconds: those of a call, / its "
-        f"number of methods. {published_note(cells)}"
+        f"{control}: over shared seeds, ± half the 95% interval of a paired t test. ≈ and ≠: within and beyond noise, "
+        "that is the interval of this one difference. Seconds per epoch: of the call / its number of methods. "
     )
+    about += published_note(cells)
     table = grid(head, rows, "accuracy") if rows else "<p>There are no students here.</p>"
     return f'<h2>Accuracy</h2><div class="views">{radios}</div>{table}<p class="soft">{about}</p>'
 
 
-def difference(cell: dict, view: str) -> tuple[float, float | None, str]:
-    """To the control or to the first of the published numbers; half its interval, and a mark for its meaning."""
-    if not cell.get(view):
-        return 0.0, None, ""
-    if view == "vs":
-        return cell["vs"]["mean"], cell["vs"]["half"], ""
-    first = cell["published"][0]
-    return first["difference"], first["half"], {"within noise": " ≈", "beyond noise": " ≠"}.get(first["verdict"], "")
+def difference(cell: dict, view: str) -> dict | None:
+    """To the control, or to the first of the published numbers."""
+    return cell.get("vs") if view == "vs" else next(iter(cell["published"]), None)
 
 
 def published_note(cells: list[dict]) -> str:
@@ -119,7 +117,7 @@ def published_note(cells: list[dict]) -> str:
     if any(cell["published"] for cell in cells):
         text = (
             "Published numbers are compared with the epoch that their source reports, or with the last if it does not "
-            "say; ≈ and ≠: within and beyond noise (95% Welch interval); no mark: published uncertainty unknown."
+            "say, by Welch's interval; no mark: the published uncertainty is unknown."
         )
         return text + f" Not compared: runs with {off}." * bool(off)
     if off:
@@ -129,7 +127,7 @@ def published_note(cells: list[dict]) -> str:
 
 def over_pairs(numbers: dict) -> str:
     """Methods against the control over pairs, and what could have been found at all."""
-    found, n, control = numbers["across"], len(numbers["pairs"]), escape(str(numbers["control"]))
+    found, control = numbers["across"], escape(str(numbers["control"]))
     rows = []
     for method, row in found.items():
         better = "{:.2f} <small>{:.2f} to {:.2f}</small>".format(*row["beats"]) if "beats" in row else "-"
@@ -144,6 +142,7 @@ def over_pairs(numbers: dict) -> str:
             "Mean ranks over the pairs, 1 is best; bars join methods that Nemenyi's test does not distinguish. Its "
             "verdict on two methods depends on which others are in the table.</p></details>"
         )
+    n = max((row["pairs"] for row in found.values()), default=len(numbers["pairs"]))
     least = 2.0 ** (1 - n)
     holm = min(1.0, least * len(found))
     limits = f"<li>With {n} pairs, Wilcoxon's p cannot be below {least:.2g}"
@@ -151,7 +150,7 @@ def over_pairs(numbers: dict) -> str:
         limits += f", nor below {holm:.2g} after Holm's correction for {len(found)} methods"
         limits += ": <b>nothing here can be significant</b>" * (holm >= 0.05)
     limits += ". Seven pairs or fewer can show nothing about four methods or more."
-    power = [f"{n} trials find {d:.1f} standard deviations" for n, d in numbers["detectable"].items()]
+    power = [f"{trials} trials find {d:.1f} standard deviations" for trials, d in numbers["detectable"].items()]
     limits += f"<li>Within a pair, {', '.join(power)} (Welch's test, 80% power)." * bool(power)
     limits += "<li>P(better): a trial beats the control's of the same seed; bootstrap interval over pairs and trials."
     limits += "<li>Pairs share data and teachers, so they are not independent: p and intervals are too optimistic."
@@ -175,26 +174,18 @@ def rank_figure(ranks: dict[str, float], cd: float) -> str:
     figure = Figure(figsize=(9, 0.7 + 0.16 * len(bars) + 0.24 * height))
     axes = figure.add_subplot(xlim=(1 - 0.45 * k, 1.45 * k), ylim=(-1.6 * height - 0.5, top + 2))
     axes.axis("off")
-    ink = {"color": INK, "linestyle": "-"}
+    ink, small = {"color": INK, "linestyle": "-"}, {"va": "center", "fontsize": 8}
     axes.plot([1, k], [top, top], **ink, linewidth=1)
-    for rank in range(1, k + 1):
-        axes.text(rank, top + 0.3, str(rank), ha="center", va="bottom", fontsize=8)
+    for rank in range(1, k + 1, k // 12 + 1):
+        axes.text(rank, top + 0.7, str(rank), ha="center", **small)
     axes.plot([1, 1 + min(cd, k - 1)], [top + 1.7] * 2, **ink, linewidth=2)
-    axes.text(1.2 + min(cd, k - 1), top + 1.7, f"CD {cd:.2f}", va="center", fontsize=8)
+    axes.text(1.2 + min(cd, k - 1), top + 1.7, f"CD {cd:.2f}", **small)
     for n, (i, j) in enumerate(bars):
         axes.plot([values[i] - 0.06, values[j] + 0.06], [top - 0.7 - n] * 2, **ink, linewidth=3)
     for i, (name, value) in enumerate(zip(names, values, strict=True)):
-        left = i < height
-        y, end, side = -1.6 * (i if left else k - 1 - i), *((0.8, -1) if left else (k + 0.2, 1))
+        y, end, side = (-1.6 * i, 0.8, "right") if i < height else (-1.6 * (k - 1 - i), k + 0.2, "left")
         axes.plot([value, value, end], [top, y, y], **ink, linewidth=0.7)
-        axes.text(
-            end + 0.02 * k * side,
-            y,
-            f"{name[:40]} {value:.2f}",
-            ha="right" if left else "left",
-            va="center",
-            fontsize=9,
-        )
+        axes.text(end, y, f" {name[:40]} {value:.2f} ", ha=side, **small)
     return svg(figure)
 
 
@@ -220,21 +211,8 @@ def cost(numbers: dict) -> str:
 
 def run_list(runs: list[dict]) -> str:
     """All runs in the order of numbers["runs"], from which the cells' rows are taken."""
-    head = [
-        "network",
-        "method",
-        "trial",
-        "seed",
-        "state",
-        "last",
-        "best (epoch)",
-        "s/epoch",
-        "MiB",
-        "files",
-        "commit",
-        "last checkpoint",
-        "more",
-    ]
+    head = ["network", "method", "trial", "seed", "state", "last", "best (epoch)", "s/epoch", "MiB", "files", "commit"]
+    head += ["last checkpoint", "more"]
     rows = []
     for run in runs:
         about = [run["arch"], run["method"], run["trial"], run["seed"], f"{run['state']} {run['reason']}"]

@@ -20,6 +20,7 @@ from scripts import page, report, stats
 
 PAIRS = [("wrn_40_2", "wrn_16_2"), ("vgg13", "vgg8"), ("resnet32x4", "ShuffleV1"), ("resnet56", "resnet20")]
 EPOCHS = 6
+NUMBER = itertools.count()  # folders of one name are one run
 
 
 def call(*args):
@@ -39,13 +40,14 @@ def make_run(out, method, pair, trial, acc, *flags, epochs=EPOCHS, done=None, fa
     config |= {"weights": weights, "kd_T": 4.0, "options": opt.options, "published": {}, "dataset": opt.dataset}
     config |= {"n_cls": 100, "class_names": [f"c{i}" for i in range(100)], "image_size": 32, "mean": [0.5] * 3}
     config |= {"std": [0.25] * 3, "opt": plain(opt), **entries}
-    folder = out / "student_model" / f"S_{pair[1]}_T_{pair[0]}_{method}_{len(list(out.rglob('config.json')))}_{trial}"
+    folder = out / "student_model" / f"S_{pair[1]}_T_{pair[0]}_{method}_{next(NUMBER)}_{trial}"
     run = Run(folder, pair[1], config, opt.free, {"argv": opt.argv, "device": "CPU"})
     with opened([run]):
         done = epochs if done is None else done
         for epoch in range(1, done + 1):
             value = acc - 40 * (1 - epoch / epochs) ** 3 + 0.25 * (epoch == epochs - 1)
             line = {"epoch": epoch, "train_acc": value + 5, "train_loss": 4 / epoch, "test_acc": round(value, 4)}
+            line |= {"test_macro_f1": round(value - 1, 4), "test_recall": [float("nan"), *[value] * 98, 3.0]}
             run.write_line({**line, "test_loss": 1.2, "seconds": 12.5 * epoch})
             run.epoch = epoch
         if failed:
@@ -97,6 +99,8 @@ def test_cells_are_those_of_the_logs(root):
             mean = sum(values) / len(values)
             sd = (sum((x - mean) ** 2 for x in values) / (len(values) - 1)) ** 0.5
             assert cell[key] == pytest.approx([mean, sd], rel=1e-5)
+        assert cell["macro_f1"] == pytest.approx([cell["last"][0] - 1, cell["last"][1]], rel=1e-4)
+        assert all(numbers["runs"][i]["worst"][0] == [3.0, "c99"] for i in cell["trials"])  # c0 has no test images
         both = [trial for trial in by_trial if trial in found.get(("kd", pair), {})]
         if method != "kd":
             d = [by_trial[trial][0] - found["kd", pair][trial][0] for trial in both]
@@ -226,7 +230,7 @@ def test_published_numbers_are_compared_where_the_protocol_is_theirs(tmp_path):
     assert again["verdict"] == ("beyond noise" if theirs.pvalue < 0.05 else "within noise") == "beyond noise"
     assert [p["verdict"] for p in cells["kd"]["published"]] == ["published uncertainty unknown", "within noise"]
     (dkd,) = cells["dkd"]["published"]  # whose source reports the best epoch
-    assert dkd["difference"] == pytest.approx(76.1 + 0.25 - 76.32, abs=0.001)
+    assert dkd["mean"] == pytest.approx(76.1 + 0.25 - 76.32, abs=0.001)
     assert {p["verdict"] for p in cells["none"]["published"]} == {"one trial"}
     assert cells["pkt"]["published"] == [] and cells["pkt"]["off"] == ["batch_size 128"]
     assert "Not compared: runs with batch_size 128" in (tmp_path / "report.html").read_text()
