@@ -161,7 +161,7 @@ def svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor").replace("#000000", "currentColor")  # black, too
+    return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
 def rank_figure(ranks: dict[str, float], cd: float) -> str:
@@ -195,7 +195,8 @@ def cost(numbers: dict) -> str:
     axes = figure.add_subplot(xlabel="seconds per epoch / methods in the call", ylabel="test accuracy (%)")
     for i, pair in enumerate(numbers["pairs"]):
         cells = [row[pair] for row in numbers["cells"].values() if row.get(pair, {}).get("trials")]
-        style = {"color": COLOURS.by_key()["color"][i % 8], "marker": "os^Dv"[i // 8 % 5], "alpha": 0.8, "s": 22}
+        colours = [INK, *COLOURS.by_key()["color"][1:]]  # of black, Matplotlib says nothing in an SVG
+        style = {"color": colours[i % 8], "marker": "os^Dv"[i // 8 % 5], "alpha": 0.8, "s": 22}
         x, y = [cell["seconds"] / cell["together"] for cell in cells], [cell["last"][0] for cell in cells]
         axes.scatter(x, y, label=pair.replace("->", " → ")[:60], **style)
     axes.grid(alpha=0.25)
