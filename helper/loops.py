@@ -226,6 +226,7 @@ def record(student: Student, epoch: int, lr: float, test: dict[str, Any], val: d
         **{f"val_{name}": value for name, value in val.items()},
         **({"chosen_acc": run.chosen} if val else {}),
         "seconds": run.seconds,
+        **({"peak_mib": torch.cuda.max_memory_allocated() / 2**20} if student.epoch.is_cuda else {}),  # of the process
     }
     run.write_line({key: rounded(value) for key, value in line.items()})
     tags = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_macro_f1", "test_loss")

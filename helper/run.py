@@ -92,12 +92,15 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = self.lock or lock(self.folder)
-            part = {"from_epoch": self.epoch + 1, **self.part, "pid": os.getpid(), "host": socket.gethostname()}
-            config = {**self.config, "parts": [*self.parts, part]}
-            checkpoint.write(self.folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+            self.part |= {"from_epoch": self.epoch + 1, "pid": os.getpid(), "host": socket.gethostname()}
+            self.write_config()
             self.drop_later_lines()
         except OSError as error:
             raise RunError(f"{self.folder}: cannot be written ({error.strerror})") from error
+
+    def write_config(self) -> None:
+        config = {**self.config, "parts": [*self.parts, self.part]}
+        checkpoint.write(self.folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 
     def drop_later_lines(self) -> None:
         """Drop lines of epochs that will be repeated: the run ended before its state was saved."""
@@ -147,8 +150,10 @@ class Run:
         self.seconds, self.since = self.seconds + now - self.since, now
 
     def fail(self, reason: str) -> None:
-        """Give the run up; those beside it go on."""
-        self.failed = reason
+        """Give the run up, and note why in config.json; those beside it go on."""
+        self.failed = self.part["failed"] = reason
+        if self.lock is not None:  # it is open
+            self.write_config()
         self.close()
 
     def close(self) -> None:

@@ -25,7 +25,8 @@ def curves(runs: list[dict], keys: list[str]) -> Figure:
     """A panel for each key of metrics.jsonl, and one for first stages; a line for each run."""
     panels = [("epochs", key, PANELS[key]) for key in keys]
     panels += [("first", "train_loss", "loss of the first stage")] * any(run["first"] for run in runs)
-    columns = -(-len(runs) // 22)  # of the legend
+    named = len(runs) <= 32  # as many lines can be told apart
+    columns = -(-len(runs) // 22) * named  # of the legend
     figure = Figure(figsize=(4.2 * len(panels) + 2.4 * columns, 4.2))
     for axes, (stage, key, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for run in runs:  # also without a first stage: a run has the same colour in all panels
@@ -37,8 +38,9 @@ def curves(runs: list[dict], keys: list[str]) -> Figure:
             axes.yaxis.set_minor_formatter(LogFormatter())
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    names = [shown(run["name"], 40) for run in runs]
-    figure.legend(figure.axes[0].lines, names, loc="outside right upper", ncols=columns, fontsize=8, handlelength=4)
+    if named:
+        names = [shown(run["name"], 40) for run in runs]
+        figure.legend(figure.axes[0].lines, names, loc="outside right upper", ncols=columns, fontsize=8, handlelength=4)
     return figure
 
 

@@ -50,16 +50,25 @@ def shown(name: object, width: int = 120) -> str:
     return textwrap.fill("".join(c if c.isprintable() else " " for c in str(name)[:120]), width)
 
 
-def read_runs(roots: list[Path]) -> list[dict]:
-    """Every run with a finished epoch, at any depth of these folders, in order of training."""
+def find_runs(roots: list[Path]) -> list[dict]:
+    """Every run at any depth of these folders, in order of training; each folder has one with a finished epoch."""
     runs = {}
     for root in roots:
         paths = sorted(root.rglob("config.json"), key=lambda path: path.stat().st_mtime_ns)
-        found = {path.parent.resolve(): run for path in paths if (run := read_run(path.parent))["epochs"]}
-        if not found:
+        found = {path.parent.resolve(): read_run(path.parent) for path in paths}
+        if not any(run["epochs"] for run in found.values()):
             raise RunError(f"{root} holds no run with a finished epoch")
         runs |= found
-    runs = list(runs.values())
+    return list(runs.values())
+
+
+def read_runs(roots: list[Path]) -> list[dict]:
+    """The runs with a finished epoch, named so that they can be told apart."""
+    return begun(find_runs(roots))
+
+
+def begun(runs: list[dict]) -> list[dict]:
+    runs = [run for run in runs if run["epochs"]]
     columns = ([run[key] for run in runs] for key in ("name", "trial", "dataset", "folder"))
     return [{**run, "name": name} for run, name in zip(runs, distinct(*columns), strict=True)]
 
@@ -77,16 +86,17 @@ def read_run(folder: Path) -> dict:
             raise ValueError("a number that cannot be plotted")
     except DAMAGED as error:
         raise RunError(f"{path}: damaged ({error!r})") from error
-    return {**describe(folder), "folder": folder, "first": first, "epochs": epochs}
+    return {**describe(folder), "folder": folder, "first": first, "epochs": epochs, "final": lines[-1] if lines else {}}
 
 
 def describe(folder: Path) -> dict:
-    """Name, trial, data set and number of parameters of a run, from its config.json."""
+    """Name, trial, data set and number of parameters of a run, and all of its config.json."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
         trial, dataset = shown(f"trial {config['opt']['trial']}"), shown(config["dataset"])
-        return {"name": shown(name_of(config)), "trial": trial, "dataset": dataset, "params": int(config["params"])}
+        about = {"name": shown(name_of(config)), "trial": trial, "dataset": dataset, "params": int(config["params"])}
+        return {**about, "config": config}
     except DAMAGED as error:
         raise RunError(f"{path}: damaged ({error!r})") from error
 

@@ -1,20 +1,31 @@
-"""Table and curves of all runs in a folder.
+"""Tables, page and curves of all runs in a folder.
 
     python scripts/report.py save
+    python scripts/report.py save --control none
+    python scripts/report.py --check save
 
-prints a table (method, last and best test accuracy, parameters, seconds) and writes it with the curves of accuracy and
-loss to the folder (report.md, report.png).
+Prints a table of the runs and writes to the folder: this table and the curves (report.md, report.png); a page with the
+methods compared over pairs of networks and trials (report.html) and its table for LaTeX (table.tex); every run with its
+numbers, command and checkpoint (report.csv). --check recomputes these from the logs: exit code 1 if a file differs.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
+import matplotlib
+
 from helper import checkpoint
 from helper.options import Parser
-from helper.util import cli_errors
+from helper.util import RunError, cli_errors
+from scripts import page
+from scripts.compare import analyse, digest, facts
 from scripts.plot_curves import curves
-from scripts.plotting import read_runs, write_picture
+from scripts.plotting import DAMAGED, begun, find_runs, shown, write_picture
+
+NAMES = ("report.html", "report.csv", "table.tex")
+DRAWN_BY = f"Matplotlib v{matplotlib.__version__}"
 
 
 def table(runs: list[dict]) -> str:
@@ -35,20 +46,65 @@ def table(runs: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
 
 
+def make(found: list[dict], root: Path, title: str, control: str | None, sums: dict[str, str]) -> dict[str, str]:
+    """The text of every file of the page. sums: SHA-256 of checkpoints, for those that are no longer there."""
+    runs = sorted((facts(run, root) for run in found), key=lambda run: run["folder"])
+    for run in runs:
+        run["sha256"] = digest(root / run["folder"]) or sums.get(run["folder"])
+    numbers = {"title": title, **analyse(runs, control)}
+    return dict(zip(NAMES, (page.html(numbers), page.csv_text(numbers), page.latex(numbers)), strict=True))
+
+
+def check(found: list[dict], root: Path) -> None:
+    """Compare the files of the page with the logs. Exit code 1 if they differ."""
+    try:
+        there = {name: (root / name).read_bytes().decode(errors="replace") for name in NAMES}
+    except OSError as error:
+        raise RunError(f"{error.filename}: cannot be read ({error.strerror}); --check needs a report") from error
+    try:
+        numbers = page.embedded(there["report.html"])
+        sums = {run["folder"]: run["sha256"] for run in numbers["runs"]}
+        made = make(found, root, str(numbers["title"]), numbers["control"], sums)
+    except DAMAGED as error:
+        print(f"{root / 'report.html'}: was changed ({error!r})")
+        raise SystemExit(1) from error
+    if DRAWN_BY not in there["report.html"]:
+        print(f"note: the figures were not drawn by this {DRAWN_BY} and are not compared")
+        for texts in (there, made):
+            texts["report.html"] = re.sub("<svg.*?</svg>", "", texts["report.html"], flags=re.DOTALL)
+    wrong = [name for name in NAMES if there[name] != made[name]]
+    for name in wrong:
+        both = enumerate(zip(there[name], made[name], strict=False))
+        at = next((i for i, (a, b) in both if a != b), min(len(there[name]), len(made[name])))
+        old, new = (text[max(at - 60, 0) : at + 30] for text in (there[name], made[name]))
+        print(f"{root / name}: has {old!r}, and the logs give {new!r}")
+    if wrong:
+        raise SystemExit(1)
+    print(f"{root}: the report says what the logs of its {len(found)} runs say")
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with runs at any depth")
+    parser.add_argument("--control", metavar="METHOD", help="the method that others are compared with (kd)")
+    parser.add_argument("--check", action="store_true", help="compare the files of an earlier report with the logs")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    root = parse(argv).folder
-    runs = read_runs([root])
+    opt = parse(argv)
+    root, found = opt.folder, find_runs([opt.folder])
+    if opt.check:
+        return check(found, root)
+    texts = make(found, root, shown(root.resolve().name), opt.control, {})
+    runs = begun(found)
     text = table(runs)
     print(f"{text}\nStudents of one call share the teacher and the clock: the seconds are those of the whole call.")
-    checkpoint.write(root / "report.md", (text + "\n").encode())
+    for name, content in {"report.md": f"{text}\n", **texts}.items():
+        checkpoint.write(root / name, content.encode())
     print(f"table: {root / 'report.md'}")
     write_picture(curves(runs, ["test_acc", "test_loss"]), root / "report.png")
+    print(f"page: {root / 'report.html'}")
 
 
 if __name__ == "__main__":
