@@ -4,7 +4,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -93,15 +93,20 @@ class Reader(Dataset):
         return torch.from_numpy(index), torch.from_numpy(target), views
 
 
-def receive(batches: Iterable) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def receive(batches: Iterator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Raise the errors of workers here."""
+    error = None
     try:
         for batch in batches:
             if isinstance(batch, DataError):
-                raise batch
+                error = batch
+                break
             yield tuple(batch)
-    except RuntimeError as error:  # a DataLoader's: a worker was killed
-        raise DataError(f"a process that decodes images has ended, see --num_workers ({error})") from error
+    except (RuntimeError, OSError, EOFError) as lost:  # a DataLoader's, or a connection's
+        error = DataError(f"a process that decodes images was killed, try a smaller --num_workers ({lost})")
+    del batches  # and with it the workers, which the traceback of an error would keep
+    if error:
+        raise error
 
 
 def begin_worker(worker: int) -> None:
