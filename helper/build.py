@@ -104,7 +104,9 @@ def make_loaders(
     source: DataSource, opt: argparse.Namespace, device: torch.device
 ) -> tuple[Loader, Loader, Loader | None]:
     """Loaders of augmented training batches, of test images and of held-out images, if there are any."""
-    loader: Any = partial(StreamLoader, num_workers=opt.num_workers) if opt.stream else DeviceLoader
+    loader: Any = DeviceLoader
+    if isinstance(source.train_images, ImageFiles):
+        loader = partial(StreamLoader, num_workers=opt.num_workers)
     same: dict[str, Any] = {"mean": source.mean, "std": source.std, "device": device, "n_cls": source.n_cls}
     same["layout"] = memory_format(opt)
     drawn = {"augment": opt.augment, "flip": source.flip, "seed": opt.seed}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from contextlib import suppress
 from itertools import chain
@@ -363,6 +364,7 @@ def test_a_run_that_was_cut_off_ends_as_a_whole_one(image_folder, tmp_path, sign
     while len(workers) < 2 or not any(tmp_path.rglob("resume.pth")):
         assert process.poll() is None, process.communicate()
         workers |= workers_of(process.pid)
+        time.sleep(0.01)
     os.killpg(process.pid, signum)
     err = process.communicate(timeout=60)[1].decode()  # at its end, no worker has it open any more
     assert process.returncode == (-signum if signum == signal.SIGKILL else EXIT) and err.count("\n") <= 1, err
