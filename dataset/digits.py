@@ -33,5 +33,5 @@ def digits(data_folder: Path, image_size: int | None, download: bool, num_worker
     order = np.argsort(labels, kind="stable")
     taken = np.diff(np.arange(len(labels) + 1) * N_TRAIN // len(labels)) == 1
     train, test = np.sort(order[taken]), np.sort(order[~taken])  # in file order
-    moments, names = channel_moments(images[train]), tuple("0123456789")
+    moments, names = channel_moments([images[train]]), tuple("0123456789")
     return DataSource(images[train], labels[train], images[test], labels[test], 10, *moments, names, flip=False)

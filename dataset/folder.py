@@ -9,14 +9,20 @@ from dataset.image_files import label_images, list_classes, load_images
 
 
 def folder(
-    data_folder: Path, image_size: int | None, download: bool, num_workers: int, test_folder: str | None = None
+    data_folder: Path,
+    image_size: int | None,
+    download: bool,
+    num_workers: int,
+    test_folder: str | None = None,
+    stream: bool | None = False,
 ) -> DataSource:
     """Your own images in data_folder/train/<class>/ and test/<class>/ (or val/), made 32x32 unless told otherwise.
 
     Classes are the sorted folder names of train/; folders inside a class and links are followed. Hidden files are left
     out, and so are formats that are not read, which a note on stderr counts by suffix. val/ is read instead of a test/
     that is not sorted by class; test_folder names another.
-    Images of any kind become RGB: of 16-bit grey the high byte counts, an alpha channel is dropped.
+    Images of any kind become RGB: of 16-bit grey the high byte counts, an alpha channel is dropped. Their middle square
+    is what is resized.
     """
     train, notes = data_folder / "train", []
     left_out: Counter[str] = Counter()
@@ -39,7 +45,7 @@ def folder(
         raise DataError(f"{test} has a class {min(unknown)!r} that {train} does not have")
     names = list(classes)
     splits = label_images(classes, names, left_out), label_images(test_classes, names, left_out)
-    arrays, moments = load_images(data_folder, "folder", image_size or 32, *splits, num_workers)
+    arrays, moments = load_images(data_folder, "folder", image_size or 32, splits, num_workers, stream)
     if left_out:
         kinds = ", ".join(f"{n:,} {kind if kind.isprintable() else '?'}" for kind, n in left_out.most_common(10))
         notes.append(f"left out of {data_folder} (not in a class folder, or not in a format that is read): {kinds}")

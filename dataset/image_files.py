@@ -1,17 +1,18 @@
-"""Data sets of image files: listed by class folder, decoded to RGB, cached."""
+"""Data sets of image files: listed by class folder, then decoded to RGB once and cached, or streamed."""
 
 import os
+import sys
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dataset.base import DataError, channel_moments, stack
+from dataset.base import BLOCK, DataError, ImageFiles, channel_moments, stack
 from dataset.cache import load_or_build
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
@@ -20,6 +21,9 @@ JUNK = {"@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "lost+foun
 JUNK |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # decoders that may run, whatever a file is called
 REPORTED = 20  # of the files that cannot be read
+# Larger sets stay in their files. The same on every machine, so that a run can be resumed on another one.
+MOST_GB = 4
+SAMPLE = 2048  # images that mean and standard deviation of a streamed set are measured on
 Split = tuple[list[Path], np.ndarray]  # files and their labels (N,)
 
 
@@ -84,29 +88,62 @@ def list_images(folder: Path, left_out: Counter) -> list[Path]:
 
 
 def load_images(
-    root: Path, name: str, size: int, train: Split, test: Split, num_workers: int
-) -> tuple[Sequence[np.ndarray], Sequence[tuple[float, ...]]]:
-    """Decode both splits, or load them from the cache -> (images and labels of both), (mean and std of train)."""
+    root: Path, name: str, size: int, splits: Sequence[Split], num_workers: int, stream: bool | None
+) -> tuple[list[np.ndarray | ImageFiles], list[tuple[float, ...]]]:
+    """Load splits, the first of which is for training -> [images, labels, images, ...], (mean and std of training).
 
-    def build() -> list[np.ndarray]:
-        images = decode(train[0] + test[0], size, num_workers)  # in one pass, to report all that cannot be read
-        images = np.split(images, [len(train[0])])
-        return [*images, np.array(channel_moments(images[0]))]  # (2, 3)
+    They are decoded, or come from the cache; with stream, or if that is None and they would take more than MOST_GB,
+    they remain files. Mean and std are then those of SAMPLE evenly spaced training images, which are cached, too.
+    """
+    files = [file for split, _ in splits for file in split]
+    gigabytes = len(files) * size * size * 3 / 1e9
+    if stream is None and (stream := gigabytes > MOST_GB):
+        print(f"note: images are read again in every epoch, as all would take {gigabytes:.1f} GB", file=sys.stderr)
+    images: list[np.ndarray | ImageFiles]
+    if stream:
+        train = splits[0][0]
+        n = min(len(train), SAMPLE)
+        sample = [train[i * len(train) // n] for i in range(n)]
 
-    train_images, test_images, moments = load_or_build(root, name, size, train[0] + test[0], build)
-    return (train_images, train[1], test_images, test[1]), [tuple(values) for values in moments.tolist()]
+        def measure() -> list[np.ndarray]:
+            step = 8 * BLOCK
+            parts = (decode(sample[i : i + step], size, num_workers, "mean and std") for i in range(0, n, step))
+            return [np.array(channel_moments(parts))]
+
+        (moments,) = load_or_build(root, f"{name}_sample", size, sample, measure)
+        images = [ImageFiles(split, size, root) for split, _ in splits]
+    else:
+        ends = np.cumsum([len(split) for split, _ in splits])
+
+        def build() -> list[np.ndarray]:
+            decoded = decode(files, size, num_workers, "decoding")  # in one pass, to report all that cannot be read
+            parts = np.split(decoded, ends[:-1])
+            return [*parts, np.array(channel_moments(parts[:1]))]  # (2, 3)
+
+        *images, moments = load_or_build(root, name, size, files, build, str(ends))
+    arrays = [array for part, (_, labels) in zip(images, splits, strict=True) for array in (part, labels)]
+    return arrays, [tuple(values) for values in moments.tolist()]
 
 
-def decode(files: Sequence[Path], size: int, num_workers: int = 0) -> np.ndarray:
-    """Decode image files -> (N, size, size, 3) uint8, resized by Pillow's bilinear filter.
+def decode(
+    files: Sequence[Path],
+    size: int,
+    num_workers: int = 0,
+    bar: str | None = None,
+    view: Callable[[Image.Image, int], Image.Image] | None = None,
+) -> np.ndarray:
+    """Decode image files -> (N, size, size, 3) uint8: the middle square, resized by Pillow's bilinear filter.
 
-    Raises DataError with all files that cannot be read, the first REPORTED of them by name.
+    view: makes another view than that of image number i. Raises DataError with all files that cannot be read, the
+    first REPORTED of them by name.
     """
     failed = {}
 
     def read(i: int) -> np.ndarray:
         try:
-            return np.asarray(_open(files[i], size))
+            image = _open(files[i])
+            image = view(image, i) if view else ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+            return np.asarray(image)
         except Exception as error:  # decoders raise a dozen kinds for a damaged file
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
             failed[i] = f"{files[i]} ({reason})"
@@ -114,14 +151,14 @@ def decode(files: Sequence[Path], size: int, num_workers: int = 0) -> np.ndarray
 
     with warnings.catch_warnings():  # here, as this is not thread-safe
         warnings.simplefilter("ignore")  # about metadata
-        images = stack(read, len(files), size, num_workers)
+        images = stack(read, len(files), size, num_workers, bar)
     if failed:
         names = ", ".join(failed[i] for i in sorted(failed)[:REPORTED]) + ", ..." * (len(failed) > REPORTED)
         raise DataError(f"cannot read {len(failed):,} of {len(files):,} images: {names}")
     return images
 
 
-def _open(path, size):
+def _open(path):
     with Image.open(path, formats=FORMATS) as image:
         image.load()
         with suppress(Exception):  # EXIF data is often damaged, and then an image is used as it is stored
@@ -135,5 +172,4 @@ def _open(path, size):
             raise ValueError("floating-point grey has no fixed white")
         elif image.mode in ("P", "PA"):
             image = image.convert("RGBA")  # RGB directly warns about a palette with alpha
-        image = image.convert("RGB")
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
+        return image.convert("RGB")

@@ -18,7 +18,9 @@ URL, MD5 = f"http://cs231n.stanford.edu/{FOLDER}.zip", "90528d7ca1a48142e341f4ef
 MOMENTS = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)  # of the 100,000 training images, 64x64
 
 
-def tinyimagenet(data_folder: Path, image_size: int | None, download: bool, num_workers: int) -> DataSource:
+def tinyimagenet(
+    data_folder: Path, image_size: int | None, download: bool, num_workers: int, stream: bool | None = False
+) -> DataSource:
     """TinyImageNet: 100,000 + 10,000 photographs 64x64, made 32x32, 200 classes (248 MB, sh data/get_tinyimagenet.sh).
 
     image_size changes the 32x32. data_folder holds tiny-imagenet-200/, or is it; val/ is the test set. Classes are
@@ -32,7 +34,7 @@ def tinyimagenet(data_folder: Path, image_size: int | None, download: bool, num_
         raise DataError(f"{data_folder} has no {FOLDER}/ with a wnids.txt in it; this gets it: {get}")
     classes, words = list_classes(root / "train", Counter()), _read(root / "words.txt")
     splits = label_images(classes, list(classes), Counter()), _label_val(root / "val", list(classes))
-    arrays, _ = load_images(root, "tinyimagenet", image_size or 32, *splits, num_workers)
+    arrays, _ = load_images(root, "tinyimagenet", image_size or 32, splits, num_workers, stream)
     name_of = dict(re.findall(r"^(\w+)\t([^,\n]+)", words, re.MULTILINE))  # the first of several names
     return DataSource(*arrays, len(classes), *MOMENTS, tuple(name_of.get(wnid, wnid) for wnid in classes))
 

@@ -8,6 +8,7 @@ import platform
 import shutil
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import DataSource, load_dataset
-from dataset.loader import DeviceLoader, large_batch
+from dataset import DataSource, ImageFiles, load_dataset
+from dataset.loader import DeviceLoader, Loader, large_batch
+from dataset.stream import StreamLoader
 from distiller_zoo import BASELINE, Distillation, method_options
 from helper.checkpoint import load_network, load_weights
 from helper.options import WEIGHTS, plain
@@ -65,11 +67,20 @@ def move_teacher(teacher: Teacher, device: torch.device, opt: argparse.Namespace
 
 
 def load_source(opt: argparse.Namespace) -> DataSource:
-    """The data set of --dataset, with --val_split's share of every class's training images held out."""
-    source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers, opt.test_folder)
+    """The data set of --dataset, with --val_split's share of every class's training images held out.
+
+    opt.stream becomes what was chosen; it is part of a run's identity, as a streamed set's mean and std are estimates.
+    """
+    source = load_dataset(
+        opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers, opt.test_folder, opt.stream
+    )
+    opt.stream = isinstance(source.train_images, ImageFiles)
+    if opt.val_split and source.val_images is not None:
+        raise RunError("--val_split: the data set has held-out images of its own")
     crc32 = zlib.crc32("\0".join(source.class_names).encode())
-    for array in (source.train_images, source.train_labels, source.test_images, source.test_labels):
-        crc32 = zlib.crc32(np.ascontiguousarray(array), crc32)
+    arrays = [source.train_images, source.train_labels, source.test_images, source.test_labels]
+    for array in arrays if source.val_images is None else [*arrays, source.val_images, source.val_labels]:
+        crc32 = zlib.crc32(array.listing() if isinstance(array, ImageFiles) else np.ascontiguousarray(array), crc32)
     source = source._replace(crc32=crc32)
     return hold_out(source, opt.val_split, opt.seed) if opt.val_split else source
 
@@ -92,17 +103,19 @@ def hold_out(source: DataSource, share: float, seed: int) -> DataSource:
 
 def make_loaders(
     source: DataSource, opt: argparse.Namespace, device: torch.device
-) -> tuple[DeviceLoader, DeviceLoader, DeviceLoader | None]:
+) -> tuple[Loader, Loader, Loader | None]:
     """Loaders of augmented training batches, of test images and of held-out images, if there are any."""
+    loader: Any = DeviceLoader
+    if isinstance(source.train_images, ImageFiles):
+        loader = partial(StreamLoader, num_workers=opt.num_workers)
     same: dict[str, Any] = {"mean": source.mean, "std": source.std, "device": device, "n_cls": source.n_cls}
     same["layout"] = memory_format(opt)
-    train = DeviceLoader(
-        source.train_images, source.train_labels, opt.batch_size, augment=True, flip=source.flip, seed=opt.seed, **same
-    )
-    test = DeviceLoader(source.test_images, source.test_labels, large_batch(source.test_images), **same)
+    drawn = {"augment": opt.augment, "flip": source.flip, "seed": opt.seed}
+    train = loader(source.train_images, source.train_labels, opt.batch_size, **drawn, **same)
+    test = loader(source.test_images, source.test_labels, large_batch(source.test_images), **same)
     if source.val_images is None:
         return train, test, None
-    return train, test, DeviceLoader(source.val_images, source.val_labels, large_batch(source.val_images), **same)
+    return train, test, loader(source.val_images, source.val_labels, large_batch(source.val_images), **same)
 
 
 def build_students(

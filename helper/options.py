@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 from dataset import dataset_dict
+from dataset.loader import AUGMENTS
 from distiller_zoo import Distiller, DistillError, distiller_class, distiller_dict, method_name, method_options
 from distiller_zoo.distillation import weights_of
 from models import check_name, default_lr, model_dict
@@ -135,7 +136,7 @@ def parser_for(description: str, **defaults) -> Parser:
     )
     add("--save_freq", free=True, type=positive, default=40, help="epochs between two checkpoints (%(default)s)")
     add("--batch_size", type=positive, default=64, help="images per step (64)")
-    add("--num_workers", free=True, type=number(int, 0), default=8, help="threads that decode image files once (8)")
+    add("--num_workers", free=True, type=number(int, 0), default=8, help="threads or processes that decode images (8)")
     add("--epochs", free=True, type=positive, default=240, help="(%(default)s)")
     add("--learning_rate", type=number(float, 0), help=f"({lr})")
     add("--optimizer", choices=OPTIMIZERS, default="sgd", help="(%(default)s)")
@@ -149,7 +150,9 @@ def parser_for(description: str, **defaults) -> Parser:
     add("--data_folder", free=True, type=Path, default=Path("data"), help="where the data set is or is put (./data)")
     add("--test_folder", free=True, metavar="NAME", help="of --dataset folder: its test images (test/, or val/)")
     add("--download", free=True, action=on_off, default=True, help="fetch a missing data set (on)")
-    add("--image_size", type=number(int, 8, 1024), help=f"resize all images to this, once ({size})")
+    add("--image_size", type=number(int, 8, 1024), help=f"resize the middle square of all images to this ({size})")
+    add("--stream", action=on_off, help="read image files again in every epoch (if all would take over 4 GB)")
+    add("--augment", choices=AUGMENTS, default="crop", help="views of training images (crop: padded and mirrored)")
     add("--seed", type=number(int, 0), help="of initialisation, order and augmentation (the trial's number)")
     add(
         "--val_split",

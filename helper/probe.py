@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dataset.loader import PAD, DeviceLoader, large_batch
+from dataset.loader import PAD, DeviceLoader, Loader, large_batch, padding
 from helper.loops import progress
+from helper.util import RunError
 from models.util import head, replace_head
-
-SIDES = 2 * PAD + 1, 2 * PAD + 1, 2  # of a view: places of the crop, mirrored or not
 
 
 class Probe(nn.Module):
@@ -57,7 +56,8 @@ class FeatureLoader:
 
     def __init__(self, loader: DeviceLoader, model: Probe, epochs: Iterable[int]):
         self.loader, self.model = loader, model
-        self.views = torch.cat([number_views(loader.plan(epoch)) for epoch in epochs]).unique()
+        self.pad = padding(loader.height)
+        self.views = torch.cat([number_views(loader.plan(epoch), self.pad) for epoch in epochs]).unique()
         self.bank = torch.empty(0)
 
     def nbytes(self) -> int:
@@ -67,7 +67,7 @@ class FeatureLoader:
         rows = len(self.loader.plan(1))
         self.model.eval()
         parts = progress(self.views.split(large_batch(self.loader.images)), "features")
-        self.bank = torch.cat([self.model.features(self.loader.batch(plan_views(v, rows))[0]) for v in parts])
+        self.bank = torch.cat([self.model.features(self.loader.batch(plan_views(v, rows, self.pad))[0]) for v in parts])
         return self
 
     def __len__(self) -> int:
@@ -80,35 +80,41 @@ class FeatureLoader:
         return self.loader.plans()
 
     def batch(self, plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        place = torch.searchsorted(self.views, number_views(plan))
+        place = torch.searchsorted(self.views, number_views(plan, self.pad))
         return self.bank.index_select(0, place), self.loader.labels.index_select(0, plan[0]), plan[0]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return map(self.batch, self.plans())
 
 
-def number_views(plan: Tensor) -> Tensor:
+def number_views(plan: Tensor, pad: int = PAD) -> Tensor:
     """(4, N) image, dy, dx, flip as one number each; (1, N) images are views themselves."""
     view = plan[0]
-    for row, size in zip(plan[1:], SIDES, strict=False):
+    for row, size in zip(plan[1:], (2 * pad + 1, 2 * pad + 1, 2), strict=False):
         view = view * size + row
     return view
 
 
-def plan_views(view: Tensor, rows: int) -> Tensor:
+def plan_views(view: Tensor, rows: int, pad: int = PAD) -> Tensor:
     """The inverse of number_views, for a plan of so many rows."""
     plan: list[Tensor] = []
-    for size in reversed(SIDES[: rows - 1]):
+    for size in (2, 2 * pad + 1, 2 * pad + 1)[: rows - 1]:
         plan.insert(0, view % size)
         view = view // size
     return torch.stack([view, *plan])
 
 
 def cache_features(
-    train_loader: DeviceLoader, test_loader: DeviceLoader, model: Probe, epochs: range, wanted: bool | None
-) -> tuple[DeviceLoader | FeatureLoader, DeviceLoader | FeatureLoader]:
-    """Loaders of features instead of images, where wanted; if that is None, where half the free memory holds them."""
-    if wanted is False or not epochs:
+    train_loader: Loader, test_loader: Loader, model: Probe, epochs: range, wanted: bool | None
+) -> tuple[Loader | FeatureLoader, Loader | FeatureLoader]:
+    """Loaders of features instead of images, where wanted; if that is None, where half the free memory holds them.
+
+    Images that are streamed, and the endless views of resized_crop, pass through the network in every epoch.
+    """
+    views = isinstance(train_loader, DeviceLoader) and train_loader.augment != "resized_crop"
+    if wanted and not views:
+        raise RunError("--cache_features: needs images in memory and their views by --augment crop or none")
+    if wanted is False or not epochs or not views:
         return train_loader, test_loader
     loaders = FeatureLoader(train_loader, model, epochs), FeatureLoader(test_loader, model, [1])
     size, free = sum(loader.nbytes() for loader in loaders), free_memory(train_loader.device)

@@ -26,7 +26,7 @@ def make_source(n=60, n_cls=10, size=32):
 
 def make_loader(source, batch_size=4):
     same = {"mean": source.mean, "std": source.std}
-    return DeviceLoader(source.train_images, source.train_labels, batch_size, augment=True, seed=3, **same)
+    return DeviceLoader(source.train_images, source.train_labels, batch_size, augment="crop", seed=3, **same)
 
 
 def calibrate(arch, source):

@@ -457,13 +457,21 @@ def test_folder_threads_change_nothing(tmp_path):
 
 
 def test_folder_sizes(tmp_path):
+    """A square is resized as a whole; other images give what resizing and then cropping to the middle would."""
     make_folder(tmp_path)
-    save(tmp_path / "train" / "cat" / "wide.png", picture(5, (90, 31)))
+    square, wide = picture(5, (90, 90)), picture(6, (93, 62)).resize((930, 620), Image.Resampling.BICUBIC)
+    save(tmp_path / "train" / "cat" / "a.png", square)
+    save(tmp_path / "train" / "cat" / "b.png", wide)
+    save(tmp_path / "train" / "cat" / "c.png", wide.transpose(Image.Transpose.ROTATE_90))
     for size in (None, 20):
         source = load_folder(tmp_path, image_size=size)
         check_source(source, size or 32)
-        want = picture(5, (90, 31)).resize((size or 32,) * 2, Image.Resampling.BILINEAR)
-        assert np.array_equal(source.train_images[2], np.asarray(want))
+        side = size or 32
+        _, _, a, b, c = source.train_images[:5]
+        assert np.array_equal(a, np.asarray(square.resize((side, side), Image.Resampling.BILINEAR)))
+        resized = np.asarray(wide.resize((side * 3 // 2, side), Image.Resampling.BILINEAR))
+        assert np.abs(b.astype(int) - resized[:, side // 4 : side // 4 + side]).max() <= 1
+        assert np.abs(np.rot90(b).astype(int) - c).max() <= 1
 
 
 def grey16(value: int, kind: str = "<u2") -> Image.Image:

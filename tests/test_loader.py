@@ -10,12 +10,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from dataset import DataError
-from dataset.loader import DeviceLoader, augment, normalize
+from dataset.loader import DeviceLoader, crop, normalize
 from dataset.torchvision_import import torchvision
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 VIEWS = [(dy, dx, flip) for dy in range(9) for dx in range(9) for flip in (0, 1)]
-both = pytest.mark.parametrize("augmented", [True, False])
+both = pytest.mark.parametrize("augmented", ["crop", None])
 
 
 def data(n=50, h=12, w=12, seed=0):
@@ -59,7 +59,7 @@ def test_all_views_equal_pil_and_torchvision_bit_for_bit(h, w):
     """In one batch, so that the draws of different images must stay apart."""
     images, _ = data(4, h, w)
     images[0], images[1] = 255, 0
-    views = augment(torch.from_numpy(images.repeat(162, 0)), *torch.tensor(VIEWS * 4).T)
+    views = crop(torch.from_numpy(images.repeat(162, 0)), *torch.tensor(VIEWS * 4).T)
     want = [pil_view(image, *view) for image in images for view in VIEWS]
     assert torch.equal(views, torch.from_numpy(np.stack([np.asarray(pil) for pil in want])))
     assert torch.equal(normalize(views, MEAN, STD), torch.stack([pil_normalize(pil) for pil in want]))
@@ -110,7 +110,7 @@ def test_target_and_image_belong_to_the_index():
     views = {
         pil_normalize(pil_view(image, *view)).numpy().tobytes(): i for i, image in enumerate(images) for view in VIEWS
     }
-    for x, target, index in loader(augment=True):
+    for x, target, index in loader(augment="crop"):
         assert np.array_equal(target, labels[index])
         assert [views[view.contiguous().numpy().tobytes()] for view in x] == index.tolist()
 
@@ -119,33 +119,33 @@ def test_draws_depend_on_seed_and_epoch_alone():
     torch.manual_seed(1)
     np.random.seed(1)
     state = torch.get_rng_state()
-    first = epoch(5, seed=3, augment=True)
+    first = epoch(5, seed=3, augment="crop")
     assert torch.equal(torch.get_rng_state(), state) and np.random.rand() == np.random.RandomState(1).rand()
     torch.manual_seed(2)
-    assert same(first, epoch(5, seed=3, augment=True))
+    assert same(first, epoch(5, seed=3, augment="crop"))
 
     seeds = (0, 1, 2**32, 2**32 + 1)  # not of 32 bits alone
-    orders = {tuple(loader(seed=s, augment=True).plan(e)[0].tolist()) for e in (1, 2, 3) for s in seeds}
+    orders = {tuple(loader(seed=s, augment="crop").plan(e)[0].tolist()) for e in (1, 2, 3) for s in seeds}
     assert len(orders) == 12
-    whole = [torch.cat(part) for part in zip(*epoch(batch_size=50, augment=True), strict=True)]
-    parts = [torch.cat(part) for part in zip(*epoch(batch_size=7, augment=True), strict=True)]
+    whole = [torch.cat(part) for part in zip(*epoch(batch_size=50, augment="crop"), strict=True)]
+    parts = [torch.cat(part) for part in zip(*epoch(batch_size=7, augment="crop"), strict=True)]
     assert all(map(torch.equal, whole, parts))
-    other = DeviceLoader(*data(50, seed=1), 13, mean=MEAN, std=STD, augment=True, flip=False)
-    assert torch.equal(other.plan(1)[:3], loader(augment=True).plan(1)[:3])
+    other = DeviceLoader(*data(50, seed=1), 13, mean=MEAN, std=STD, augment="crop", flip=False)
+    assert torch.equal(other.plan(1)[:3], loader(augment="crop").plan(1)[:3])
 
 
 def test_draws_are_those_of_stored_runs():
     """An order that changed would silently make every stored run another one."""
-    plan = loader(seed=3, augment=True).plan(2)
+    plan = loader(seed=3, augment="crop").plan(2)
     assert plan[:, :6].tolist() == [[17, 12, 34, 7, 24, 4], [2, 1, 8, 8, 0, 4], [3, 1, 3, 1, 6, 2], [0, 0, 1, 0, 1, 0]]
 
 
 def test_draws_are_uniform():
-    _, dy, dx, flip = loader(16_200, augment=True).plan(1)
+    _, dy, dx, flip = loader(16_200, augment="crop").plan(1)
     counts = torch.bincount((dy * 9 + dx) * 2 + flip, minlength=162)
     chi2 = ((counts - 100) ** 2 / 100).sum().item()
     assert len(counts) == 162 and 100 < chi2 < 235  # 161 degrees of freedom, 3 standard deviations on either side
-    _, dy, dx, flip = loader(1000, augment=True, flip=False).plan(1)
+    _, dy, dx, flip = loader(1000, augment="crop", flip=False).plan(1)
     assert not flip.any() and len((dy * 9 + dx).unique()) == 81
 
 
@@ -160,18 +160,18 @@ def test_an_epoch_is_entered_again_at_any_step(augmented):
 
 
 def test_an_iteration_keeps_the_epoch_it_began_with():
-    it = loader(augment=True)
+    it = loader(augment="crop")
     running = iter(it)
     it.set_epoch(2)
-    assert same(list(running), epoch(1, augment=True))
+    assert same(list(running), epoch(1, augment="crop"))
 
 
 def test_a_loader_is_its_plans_and_the_batches_made_of_them():
     """What a CUDA graph is captured of, and what a loader from disk implements too."""
-    it = loader(augment=True)
+    it = loader(augment="crop")
     it.set_epoch(2, 1)
     plans = list(it.plans())
-    assert len(plans) == len(it) - 1 and same(list(map(it.batch, plans)), epoch(2, 1, augment=True))
+    assert len(plans) == len(it) - 1 and same(list(map(it.batch, plans)), epoch(2, 1, augment="crop"))
 
 
 # --- the device
@@ -219,8 +219,8 @@ def test_arrays_are_left_as_they_are_and_batches_own_their_memory(augmented):
 
 def test_batch_larger_than_the_training_set():
     with pytest.raises(DataError, match=r"^--batch_size 4096 is larger than the training set \(1000 images\)$"):
-        loader(1000, 4096, augment=True)
-    loader(1000, 1000, augment=True)
+        loader(1000, 4096, augment="crop")
+    loader(1000, 1000, augment="crop")
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,16 @@ def test_lists_of_tinyimagenet(rng, folder, sets):
     return load("tinyimagenet", folder / "data", rng)
 
 
+@cases(100)
+def test_table(rng, folder, sets):
+    shutil.copytree(sets.root / "folder", folder / "data")
+    files = sorted(path.relative_to(folder / "data") for path in (folder / "data").rglob("*.*"))
+    rows = [f"{path},{path.parts[1]},{path.parts[0]}" for path in files]
+    text = "\n".join(["path,label,split", *rows, ""])
+    (folder / "data" / "list.csv").write_bytes(damaged(text.encode(), rng))
+    return load("csv", folder / "data", rng)
+
+
 @cases(80)
 def test_cache(rng, folder, sets):
     """It is never believed: the images are decoded again."""
