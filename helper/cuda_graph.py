@@ -11,7 +11,6 @@ from torch import Tensor
 from helper.student import Student
 
 WARM_UP = 3  # eager steps before capture: kernels choose their algorithms, the optimizer makes its momentum
-RECOVERS = (2, 12)  # first version of torch that can capture again after a failed capture
 
 
 Plan = Tensor | tuple[Tensor, ...]
@@ -23,8 +22,6 @@ class CudaGraph:
     A batch of another size (the short last one) is run eagerly. A new capture is made when the students change. All
     steps run on a stream of their own, as capture and the steps before it must.
     """
-
-    given_up = False  # for the rest of the process: a capture failed under an old torch
 
     def __init__(self, device: torch.device, batch_size: int):
         self.device, self.batch_size = device, batch_size
@@ -38,10 +35,10 @@ class CudaGraph:
         if students != self.students:
             self.students, self.steps, self.plan, self.replay, self.trouble = students, 0, None, None, ""
             fixed = [s.name for s in students if s.uses_features and not s.distiller.capturable]
-            if fixed and not CudaGraph.given_up:
+            if fixed:
                 self.give_up(f"the step of {', '.join(fixed)} waits for the device")
         with self.on_stream():
-            if self.trouble or CudaGraph.given_up or plan[0].size(-1) != self.batch_size:
+            if self.trouble or plan[0].size(-1) != self.batch_size:
                 step(plan)
                 return
             if self.plan is None:
@@ -84,12 +81,11 @@ class CudaGraph:
             first = error
             while first.__context__:  # ending the capture fails, too; the first error says why
                 first = first.__context__
-            for generator, state in zip(generators, before, strict=True):  # they would refuse to draw
+            # up to torch 2.11 they would refuse to draw, as if still captured
+            for generator, state in zip(generators, before, strict=True):
                 generator.graphsafe_set_state(state)
             if isinstance(first, torch.OutOfMemoryError):
                 raise first from None
-            CudaGraph.given_up = torch.__version__ < RECOVERS
-            later = f"; with torch {torch.__version__}, nothing is captured after that" if CudaGraph.given_up else ""
-            self.give_up(str(first).splitlines()[0] + later)
+            self.give_up(str(first).partition("\n")[0])
             return None
         return graph.replay
