@@ -41,6 +41,7 @@ def set_up(opt: argparse.Namespace) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch asks for
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not opt.deterministic  # the fastest algorithms, by trial
+    torch.backends.cudnn.allow_tf32 = opt.tf32  # not the newer fp32_precision, which torch.compile cannot read
     for key in ("precision", "precision_t"):
         if getattr(opt, key, None) == "auto":
             setattr(opt, key, "bf16" if has_native_bf16(device) else "fp32")  # as accurate: docs/benchmarks.md
@@ -178,7 +179,9 @@ def build(
         "image_size": source.train_images.shape[1],
         "mean": list(source.mean),
         "std": list(source.std),
-        "device_type": device.type,  # CRD draws on the device
+        "device_type": device.type,
+        # what is drawn on a GPU depends on the number of its multiprocessors
+        **({"gpu": device_name(device)} if device.type != "cpu" and distiller.generators() else {}),
         "opt": plain(opt),
     }
     run = Run(folder, arch, config, opt.free, {"argv": opt.argv, "device": device_name(device)})

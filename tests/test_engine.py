@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import shutil
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -19,12 +20,14 @@ from distiller_zoo import distiller_dict
 from helper import build, loops
 from helper.cuda_graph import CudaGraph
 from helper.loops import train, validate
+from helper.options import plain
 from helper.student import Teacher, forward_of, sgd
 from helper.util import RunError, cli_errors
 from models import create_model
 from models.util import head
 from tests.common import CPU, as_teacher, calibrate, make_loader, make_opt, make_source, make_student, skip_first_stage
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms, before CUDA is initialised
 METHODS = [name for name, method in distiller_dict.items() if method.capturable]
 DATA = make_source(18, 5)
 
@@ -367,10 +370,17 @@ def test_out_of_memory_is_one_sentence(captured, message, said, teacher, tmp_pat
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @on_gpu
 @pytest.mark.parametrize("name", METHODS)
-def test_cuda_graphs_equal_eager_steps(name, net, tmp_path):
-    """Of two students, one ends an epoch before the other."""
+def test_cuda_graphs_equal_eager_steps(name, net, tmp_path, deterministic):
+    """Bit for bit. Of two students, one ends an epoch before the other."""
     ends, device = [], torch.device("cuda")
     for flag in ("--graph", "--no-graph"):
         opt = make_opt(name, "none", flags=["--device", "cuda", flag])
@@ -382,7 +392,22 @@ def test_cuda_graphs_equal_eager_steps(name, net, tmp_path):
         train_epochs(students[:1], teacher, opt, (3,), graph, loader)
         assert not graph or (graph.replay and not graph.trouble)
         ends.append([t.cpu() for student in students for t in state(student)])
-    near(*ends, rtol=1e-3, atol=1e-4)
+    assert same(*ends)
+
+
+@on_gpu
+def test_a_graph_is_captured_after_a_failed_one(net, tmp_path, monkeypatch):
+    """As with the stand-in above, and the default generator draws again."""
+    device, opt = torch.device("cuda"), make_opt("attention", "crd", flags=["--device", "cuda"])
+    teacher = as_teacher(copy.deepcopy(net).cuda(), "resnet14", DATA)
+    loader, *_ = build.make_loaders(DATA, opt, device)
+    failing, crd = (make_student(n, opt, DATA, teacher, tmp_path, device=device) for n in ("attention", "crd"))
+    monkeypatch.setattr(distiller_dict["attention"], "forward", waits)
+    graph = loops.graph_of([failing, crd], opt)
+    train_epochs([failing, crd], teacher, opt, (1,), graph, loader)
+    assert graph.trouble and torch.randn(2, device=device).shape == (2,)
+    train_epochs([crd], teacher, opt, (2,), graph, loader)
+    assert graph.replay and not graph.trouble
 
 
 # --- memory format and precision ---
@@ -442,6 +467,16 @@ def test_compiling_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RunError, match="--compile: needs a C"):
         build.set_up(make_opt("kd", flags=["--compile"]))
+
+
+@pytest.mark.parametrize("flag", ["--no-tf32", "--tf32"])  # torch's default last
+def test_tf32_is_set_and_recorded(flag):
+    """And torch.compile, which reads the older of torch's two settings, can still do so."""
+    opt = make_opt("kd", flags=[flag])
+    build.set_up(opt)
+    assert torch.backends.cudnn.allow_tf32 == opt.tf32 == (torch.backends.cudnn.conv.fp32_precision == "tf32")
+    assert not torch.backends.cuda.matmul.allow_tf32  # matrix products are in float32 either way
+    assert plain(opt)["tf32"] == opt.tf32
 
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])
