@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import platform
 import shutil
@@ -60,8 +61,13 @@ def load_teacher(opt: argparse.Namespace) -> Teacher:
 
 def move_teacher(teacher: Teacher, device: torch.device, opt: argparse.Namespace) -> None:
     if teacher.model is not None:
-        model = teacher.model.to(device, memory_format=memory_format(opt))
-        teacher.forward = forward_of(model, opt.precision_t or opt.precision, opt.compile)
+        model, precision = teacher.model.to(device, memory_format=memory_format(opt)), opt.precision_t or opt.precision
+        if precision == "bf16":
+            model = copy.deepcopy(model)  # the validation is in float32
+            for module in model.modules():
+                if type(module) is nn.Conv2d:  # a subclass may compute its weights in float32
+                    module.bfloat16()  # once, instead of by autocast in every step
+        teacher.forward = forward_of(model, precision, opt.compile)
 
 
 def load_source(opt: argparse.Namespace) -> DataSource:

@@ -455,6 +455,17 @@ def test_bf16_is_near_and_leaves_float32(name, flags, exact, net, tmp_path):
     torch.testing.assert_close(*terms, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("arch", ["resnet8x4", "wrn_16_1", "vgg8", "ShuffleV2", "MobileNetV2", "ResNet50"])
+def test_a_bf16_teacher_is_cast_once(arch):
+    """To what autocast makes of it in every step, bit for bit; the network itself stays as it was."""
+    net, images = calibrate(arch, DATA), next(iter(make_loader(DATA)))[0]
+    teacher, before = Teacher(arch, net, DATA.n_cls), net(images)
+    build.move_teacher(teacher, CPU, make_opt("kd", flags=["--precision_t", "bf16"]))
+    with torch.no_grad():
+        (g, logit), (g_cast, logit_cast) = (f(images, False) for f in (forward_of(net, "bf16"), teacher.forward))
+    assert same([*g, logit], [*g_cast, logit_cast]) and torch.equal(net(images), before)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_compiled_networks_are_near(net):
