@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 
@@ -28,10 +29,20 @@ class KDSVD(Distiller):
             raise DistillError(f"needs equal channels, the student's are {s_c}, the teacher's {t_c}")
 
     def forward(self, g_s: list[Tensor], g_t: list[Tensor]) -> Tensor:
+        if g_s[0].device.type != "cpu" and torch.__version__ < (2, 12):
+            say_slow()
         v_t = [signed(right_vectors(f, 1)).squeeze(2) for f in g_t]  # (B, C) each
         v_s = [nearest(right_vectors(f, K_S), v) for f, v in zip(g_s, v_t, strict=True)]
         pairs = zip(pairwise(v_s), pairwise(v_t), strict=True)
         return sum((relation(*two_s) - relation(*two_t)).square().sum((1, 2)).mean() for two_s, two_t in pairs)
+
+
+@functools.cache  # once
+def say_slow() -> None:
+    print(
+        "note: before torch 2.12, kdsvd is very slow on a GPU: its matrices are decomposed one by one",
+        flush=True,
+    )
 
 
 def relation(v_below: Tensor, v: Tensor) -> Tensor:

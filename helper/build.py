@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import platform
 import shutil
@@ -42,6 +43,7 @@ def set_up(opt: argparse.Namespace) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as PyTorch asks for
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not opt.deterministic  # the fastest algorithms, by trial
+    torch.backends.cudnn.allow_tf32 = opt.tf32  # not the newer fp32_precision, which torch.compile cannot read
     for key in ("precision", "precision_t"):
         if getattr(opt, key, None) == "auto":
             setattr(opt, key, "bf16" if has_native_bf16(device) else "fp32")  # as accurate: docs/benchmarks.md
@@ -62,8 +64,13 @@ def load_teacher(opt: argparse.Namespace) -> Teacher:
 
 def move_teacher(teacher: Teacher, device: torch.device, opt: argparse.Namespace) -> None:
     if teacher.model is not None:
-        model = teacher.model.to(device, memory_format=memory_format(opt))
-        teacher.forward = forward_of(model, opt.precision_t or opt.precision, opt.compile)
+        model, precision = teacher.model.to(device, memory_format=memory_format(opt)), opt.precision_t or opt.precision
+        if precision == "bf16":
+            model = copy.deepcopy(model)  # the validation is in float32
+            for module in model.modules():
+                if type(module) is nn.Conv2d:  # a subclass may compute its weights in float32
+                    module.bfloat16()  # once, instead of by autocast in every step
+        teacher.forward = forward_of(model, precision, opt.compile)
 
 
 def load_source(opt: argparse.Namespace) -> DataSource:
@@ -229,7 +236,9 @@ def build(
         "image_size": source.train_images.shape[1],
         "mean": list(source.mean),
         "std": list(source.std),
-        "device_type": device.type,  # CRD draws on the device
+        "device_type": device.type,
+        # what is drawn on a GPU depends on the number of its multiprocessors
+        **({"gpu": device_name(device)} if device.type != "cpu" and distiller.generators() else {}),
         "opt": plain(opt),
     }
     run = Run(folder, model.arch, config, opt.free, {"argv": opt.argv, "device": device_name(device)})

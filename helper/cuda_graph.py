@@ -13,8 +13,11 @@ from helper.student import Student
 WARM_UP = 3  # eager steps before capture: kernels choose their algorithms, the optimizer makes its momentum
 
 
+Plan = Tensor | tuple[Tensor, ...]
+
+
 class CudaGraph:
-    """Runs a step on a plan (.., batch_size), from the fourth call on by replaying its captured graph.
+    """Runs a step on a plan (.., batch_size), or a tuple of such, from the fourth call on by replaying its graph.
 
     A batch of another size (the short last one) is run eagerly. A new capture is made when the students change. All
     steps run on a stream of their own, as capture and the steps before it must.
@@ -24,26 +27,26 @@ class CudaGraph:
         self.device, self.batch_size = device, batch_size
         self.students: list[Student] = []
         self.steps, self.trouble = 0, ""
-        self.plan: Tensor | None = None
+        self.plan: Plan | None = None
         self.replay: Callable[[], None] | None = None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, step: Callable[[Tensor], None], plan: Tensor, students: list[Student]) -> None:
+    def __call__(self, step: Callable[[Plan], None], plan: Plan, students: list[Student]) -> None:
         if students != self.students:
             self.students, self.steps, self.plan, self.replay, self.trouble = students, 0, None, None, ""
             fixed = [s.name for s in students if s.uses_features and not s.distiller.capturable]
             if fixed:
                 self.give_up(f"the step of {', '.join(fixed)} waits for the device")
         with self.on_stream():
-            if self.trouble or plan.size(-1) != self.batch_size:
+            if self.trouble or plan[0].size(-1) != self.batch_size:
                 step(plan)
                 return
-            self.plan = plan.clone() if self.plan is None else self.plan.copy_(plan)
+            if self.plan is None:
+                self.plan = tuple(part.clone() for part in plan) if isinstance(plan, tuple) else plan.clone()
+            for kept, new in zip(self.plan, plan, strict=True) if isinstance(plan, tuple) else [(self.plan, plan)]:
+                kept.copy_(new)
             if self.steps == WARM_UP and not self.replay:
-                try:
-                    self.replay = self.capture(step)
-                except RuntimeError as error:
-                    self.give_up(str(error).splitlines()[0])
+                self.replay = self.capture(step)
             self.steps += 1
             self.replay() if self.replay else step(self.plan)
 
@@ -60,21 +63,29 @@ class CudaGraph:
             yield
         current.wait_stream(self.stream)
 
-    def capture(self, step: Callable[[Tensor], None]) -> Callable[[], None]:
+    def capture(self, step: Callable[[Plan], None]) -> Callable[[], None] | None:
         """Record what a step asks of the device without doing it -> a function that does it.
 
-        Raises RuntimeError if the step waits for the device.
+        None if the step cannot be captured, as one that waits for the device. Raises torch.OutOfMemoryError.
         """
         graph = torch.cuda.CUDAGraph()
-        generators = [g for s in self.students if s.has_term for g in s.distiller.generators()]
-        before = [generator.clone_state() for generator in generators]  # a failed capture leaves them unusable
-        for generator in generators if torch.__version__ < (2, 14) else ():  # later versions find them
-            graph.register_generator_state(generator)
+        own = [g for s in self.students if s.has_term for g in s.distiller.generators()]
+        generators = [*own, *torch.cuda.default_generators]
+        before = [generator.clone_state() for generator in generators]
         try:
+            for generator in own if torch.__version__ < (2, 14) else ():  # later versions find them
+                graph.register_generator_state(generator)
             with torch.cuda.graph(graph, stream=self.stream):
                 step(self.plan)
         except RuntimeError as error:
+            first = error
+            while first.__context__:  # ending the capture fails, too; the first error says why
+                first = first.__context__
+            # up to torch 2.11 they would refuse to draw, as if still captured
             for generator, state in zip(generators, before, strict=True):
                 generator.graphsafe_set_state(state)
-            raise RuntimeError(str(error.__context__ or error)) from error  # the first error says why
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            self.give_up(str(first).partition("\n")[0])
+            return None
         return graph.replay

@@ -168,6 +168,7 @@ def parser_for(description: str, **defaults) -> Parser:
         help="minutes between two saved states (10)",
     )
     add("--deterministic", action="store_true", help="on CUDA, only kernels that repeat their bits (slower)")
+    add("--tf32", action=on_off, default=True, help="on CUDA, float32 convolutions round their inputs to TF32 (on)")
     add("--detect_anomaly", free=True, action="store_true", help="name the operation whose gradient is NaN (very slow)")
     add("--device", free=True, default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     add(
@@ -185,7 +186,12 @@ def parser_for(description: str, **defaults) -> Parser:
 def add_engine_options(parser: Parser) -> None:
     """How networks are computed."""
     add = parser.add
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the networks; auto: bf16 where it is native (fp32)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="of the networks; fp32: convolutions in TF32 on CUDA, see --tf32; auto: bf16 where it is native (fp32)",
+    )
     add("--compile", action="store_true", help="fuse kernels with torch.compile; for runs of more than some minutes")
     add("--graph", free=True, action=on_off, default=True, help="on CUDA, capture whole steps as a graph (on)")
     add("--channels_last", action=on_off, default=True, help="the channels_last memory format (on)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,8 +44,12 @@ def cli_errors(main: Callable[[], object]) -> int:
         except (RunError, DataError, DistillError, ModelError, OSError) as error:  # OSError: a full disk, for one
             say(error)
             return 2
-        except torch.OutOfMemoryError as error:
-            say(f"out of memory, try a smaller --batch_size or fewer methods at once ({str(error).splitlines()[0]})")
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            asked = re.search(r"Tried to allocate (.+?)\. .*capacity of (.+?) of which (.+?) is free", str(error))
+            what = str(error).partition("\n")[0]
+            if asked:
+                what = "{0} were asked for, {2} of {1} are free".format(*asked.groups())
+            say(f"out of memory, try a smaller --batch_size or fewer methods in one call ({what})")
             return 2
         except KeyboardInterrupt:
             say("interrupted")

@@ -4,6 +4,7 @@
     python scripts/benchmark.py --methods fsp icd --pairs vgg13:vgg8 --variants fp32 bf16
     python scripts/benchmark.py --together                    2, 5 and all methods as students of one teacher at once
     python scripts/benchmark.py --cost                        a step of each method relative to KD's
+    python scripts/benchmark.py --kernels                     operators of a step of each method; its kernels on a GPU
     python scripts/benchmark.py --teacher                     the teacher alone, by the number of batches at once
     python scripts/benchmark.py --epoch                       an epoch of kd with evaluation
     python scripts/benchmark.py --losses nst crd              losses alone
@@ -39,11 +40,11 @@ from models import model_dict
 from scripts.bench import losses as bench_losses
 from scripts.bench import steps as bench_steps
 from scripts.bench.losses import N_DATA, REFERENCES
-from scripts.bench.measure import extra_memory, interleaved, kernels, milliseconds, timed
+from scripts.bench.measure import Operators, extra_memory, interleaved, kernels, milliseconds, timed
 from scripts.bench.steps import FIRST, MACRO, METHODS, VARIANTS, Case, Loop
 
 PAIRS = ["wrn_40_2:wrn_16_2", "resnet32x4:resnet8x4"]
-ROUNDS = {"steps": 3, "together": 2, "cost": 3, "teacher": 5, "epoch": 1, "losses": 7}
+ROUNDS = {"steps": 3, "together": 2, "cost": 3, "kernels": 1, "teacher": 5, "epoch": 1, "losses": 7}
 PROFILED = 3  # steps of which the kernels are counted
 
 Row = tuple[dict[str, str], dict]  # its cells by column, and the numbers behind them
@@ -130,6 +131,22 @@ def costs(part: str, opt: argparse.Namespace, rounds: int, device: torch.device)
         yield cells | {"relative to KD": speed_up(ms[0], ms[1])}, {"ms": ms}
 
 
+def operators(part: str, opt: argparse.Namespace, rounds: int, device: torch.device) -> Iterator[Row]:
+    for name, on, variant, *loops in bench_steps.costs(opt, device):
+        print(f"{part}: {name} {on} {variant} ...", file=sys.stderr)
+        seen = []
+        for loop in loops:
+            with Operators() as mode:
+                loop.step(next(loop.loader.plans()))
+            seen.append(mode)
+        ours, kd = seen
+        launched = [step_kernels(loop, device) for loop in loops]
+        numbers = {"operators": [ours.others, kd.others], "convolutions": [ours.convolutions, kd.convolutions]}
+        numbers["kernels"] = [work and work[0] for work in launched]
+        cells = {key: " / ".join("-" if n is None else f"{n:.0f}" for n in pair) for key, pair in numbers.items()}
+        yield {"method": name, "on": on, "side": variant, **cells}, numbers
+
+
 def teachers(part: str, opt: argparse.Namespace, rounds: int, device: torch.device) -> Iterator[Row]:
     for arch, precision, sides in bench_steps.teachers(opt, device):
         print(f"{part}: {arch} {precision} ...", file=sys.stderr)
@@ -175,6 +192,10 @@ ON_COST = (
     "A step of train_student.py, teacher included, batch size {batch_size}, interleaved with one of KD. Median "
     "(min-max) of {rounds} rounds of {steps} steps; methods that are undefined on a pair are left out."
 )
+ON_OPERATORS = (
+    "Operators of a step that compute something, of the method / of KD: each launches one kernel or a few on a GPU. "
+    "Convolutions, backward ones included, are counted apart; kernels and copies as the GPU's profiler sees them."
+)
 ON_TEACHERS = (
     "Milliseconds of the forward pass per {batch_size} images, given one, two, four or eight batches at once; on a GPU "
     "as a captured graph. Median (min-max) of {rounds} rounds."
@@ -183,6 +204,7 @@ PARTS = {
     "steps": (steps, ON_STEPS),
     "together": (steps, ON_STEPS),
     "cost": (costs, ON_COST),
+    "kernels": (operators, ON_OPERATORS),
     "teacher": (teachers, ON_TEACHERS),
     "epoch": (steps, ON_EPOCHS),
     "losses": (losses, ON_LOSSES),
@@ -224,6 +246,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--losses", nargs="*", choices=REFERENCES, metavar="METHOD", help=f"losses alone, some of {names} (all)")
     add("--together", nargs="*", type=positive, metavar="N", help=f"the first N methods at once (2 5 {most})")
     add("--cost", action="store_true", help="a step of each method relative to KD's")
+    add("--kernels", action="store_true", help="operators and kernels of a step of each method")
     add("--teacher", action="store_true", help="the teacher's forward pass, of 1, 2, 4 and 8 batches at once")
     add("--epoch", action="store_true", help="whole epochs with evaluation")
     add("--all", action="store_true", help="all parts, and all variants that may pay on the device")
@@ -238,9 +261,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", type=choose_device, default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     add("--output", type=Path, default=Path("save/benchmark"), help="folder of the results (save/benchmark)")
     opt = parser.parse_args(argv)
-    asked = {
-        part: getattr(opt, part) not in (None, False) for part in ("losses", "together", "cost", "teacher", "epoch")
-    }
+    asked = {part: getattr(opt, part) not in (None, False) for part in PARTS if part != "steps"}
     opt.parts = [part for part in PARTS if opt.all or asked.get(part, not any(asked.values()))]
     for key in ("losses", "methods", "variants"):
         setattr(opt, key, list(dict.fromkeys(getattr(opt, key) or ())))

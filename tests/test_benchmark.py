@@ -55,6 +55,7 @@ ROWS = {
     "steps": ["fsp, first stage", "fsp", "kd"],
     "together": ["2 methods together"],
     "cost": ["fsp", "kd"],
+    "kernels": ["fsp", "kd"],
     "teacher": ["resnet20"],
     "epoch": ["fsp", "kd"],
     "losses": ["nst", "crd"],
@@ -82,6 +83,13 @@ def test_the_table_shows_what_the_json_holds(part, run):
             assert [number[key] for key in columns[2:]] == pytest.approx(list(map(median, row["ms"])), rel=0.006)
         elif part == "cost":
             assert number["relative to KD"] == pytest.approx(median(row["ms"][0]) / median(row["ms"][1]), rel=0.006)
+        elif part == "kernels":
+            assert cell["operators"] == " / ".join(map(str, row["operators"])) and cell["kernels"] == "- / -"
+            assert row["operators"][1] > 100 and (row["operators"][0] == row["operators"][1]) == (
+                cell["method"] == "kd"
+            )
+            # resnet20 and resnet8: forward through both, backward to all weights and all images but the first
+            assert row["convolutions"] == [21 + 9 + 17] * 2 if cell["method"] == "kd" else True
         elif part == "losses":
             assert number["speed-up"] == pytest.approx(median(row["ms"][1]) / median(row["ms"][0]), rel=0.006)
             assert row["differences"][0] < 1e-4 and 0 < row["differences"][1] < 1e-4

@@ -2,9 +2,11 @@
 
 import copy
 import math
+import os
 import shutil
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,12 +22,14 @@ from distiller_zoo import distiller_dict
 from helper import build, loops
 from helper.cuda_graph import CudaGraph
 from helper.loops import train, validate
+from helper.options import plain
 from helper.student import Teacher, forward_of, make_optimizer
-from helper.util import RunError
+from helper.util import RunError, cli_errors
 from models import create_model
 from models.util import head
 from tests.common import CPU, as_teacher, calibrate, make_loader, make_opt, make_source, make_student, skip_first_stage
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic algorithms, before CUDA is initialised
 METHODS = [name for name, method in distiller_dict.items() if method.capturable]
 DATA = make_source(18, 5)
 
@@ -224,27 +228,48 @@ def tensors(tree):
     return [t for t in tree_flatten(tree)[0] if isinstance(t, torch.Tensor)]
 
 
-class CpuGraph(CudaGraph):
-    """A CUDA graph has done nothing when it is captured; a tape has run once."""
+class TapeGraph:
+    """torch.cuda.CUDAGraph on a CPU. One has done nothing when it is captured; a tape has run once."""
 
     def __init__(self):
+        self.tape, self.replays = Tape(), 0
+
+    def register_generator_state(self, generator):
+        pass
+
+    def replay(self):
+        if self.replays:
+            self.tape.replay()
+        self.replays += 1
+
+
+@contextmanager
+def tape_graph(graph, stream):
+    """torch.cuda.graph on a CPU: what failed within a capture fails again at its end, with another error."""
+    try:
+        with graph.tape:
+            yield
+    except RuntimeError:
+        raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+
+
+class CpuGraph(CudaGraph):
+    """Captures as the real one, on a CPU."""
+
+    def __init__(self, generators=()):
         super().__init__(CPU, batch_size=4)
-        self.replays = []
+        self.made, self.generators = [], generators
 
     def on_stream(self):
         return nullcontext()
 
+    def new(self):
+        self.made.append(TapeGraph())
+        return self.made[-1]
+
     def capture(self, step):
-        with Tape() as tape:
-            step(self.plan)
-        self.replays.append(0)
-
-        def replay():
-            if self.replays[-1]:
-                tape.replay()
-            self.replays[-1] += 1
-
-        return replay
+        with patch.multiple(torch.cuda, CUDAGraph=self.new, graph=tape_graph, default_generators=self.generators):
+            return super().capture(step)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -256,7 +281,24 @@ def test_captured_steps_equal_eager_ones(name, teacher, tmp_path):
     with Watched():
         train_epochs([student], teacher, opt, (1, 2, 3), graph)
         train_epochs([other], teacher, opt, (1, 2, 3))
-    assert graph.replays == [9] and same(state(student), state(other))
+    assert [made.replays for made in graph.made] == [9] and same(state(student), state(other))
+
+
+class TupleLoader(DeviceLoader):
+    """Plans as tuples of tensors, as of a loader that reads from disk."""
+
+    def plans(self):
+        return map(tuple, super().plans())
+
+
+def test_a_plan_may_be_a_tuple(teacher, tmp_path):
+    (opt, student), (_, other), graph = setting("kd", teacher, tmp_path), setting("kd", teacher, tmp_path), CpuGraph()
+    same_as = {"mean": DATA.mean, "std": DATA.std, "augment": True, "seed": 3}
+    loader = TupleLoader(DATA.train_images, DATA.train_labels, 4, **same_as)
+    with Watched():
+        train_epochs([student], teacher, opt, (1, 2), graph, loader)
+        train_epochs([other], teacher, opt, (1, 2))
+    assert [made.replays for made in graph.made] == [5] and same(state(student), state(other))
 
 
 def test_a_step_is_captured_again_when_a_student_ends(teacher, tmp_path):
@@ -266,32 +308,99 @@ def test_a_step_is_captured_again_when_a_student_ends(teacher, tmp_path):
     train_epochs([kd, crd], teacher, opt, (1, 2), graph)
     before = copy.deepcopy(state(kd))
     train_epochs([crd], teacher, opt, (3, 4), graph)
-    assert graph.replays == [5, 5] and same(state(kd), before)
+    assert [made.replays for made in graph.made] == [5, 5] and same(state(kd), before)
     _, alone = setting("crd", teacher, tmp_path)
     train_epochs([alone], teacher, opt, (1, 2, 3, 4))
     assert same(state(crd), state(alone))
 
 
+def waits(self, f_s, f_t):
+    """A method that waits for the device, and does not say so."""
+    return (f_s[0] * float(f_t[0].mean())).mean()
+
+
 @pytest.mark.parametrize("name", ["kdsvd", "attention"])
 def test_what_cannot_be_captured_runs_eagerly(name, teacher, tmp_path, capsys, monkeypatch):
-    if name == "attention":  # a method that waits for the device, and does not say so
-        waits = lambda self, f_s, f_t: (f_s[0] * float(f_t[0].mean())).mean()  # noqa: E731
+    if name == "attention":
         monkeypatch.setattr(distiller_dict[name], "forward", waits)
     opt, student = setting(name, teacher, tmp_path)
     graph = CpuGraph()
     train_epochs([student], teacher, opt, (1, 2), graph)
     out = capsys.readouterr().out
     assert out.count("not captured as a CUDA graph") == 1 and "waits for the device" in out
-    assert not graph.replays and student.meters.steps == 5
+    assert not graph.replay and student.meters.steps == 5
+
+
+class Spoiled:
+    """A CUDA generator: a failed capture leaves its state unusable."""
+
+    def __init__(self):
+        self.state = "usable"
+
+    def clone_state(self):
+        before, self.state = self.state, "capturing"
+        return before
+
+    def graphsafe_set_state(self, state):
+        self.state = state
+
+
+def test_after_a_failed_capture(teacher, tmp_path, capsys, monkeypatch):
+    """The generators can be drawn from, and another step is captured."""
+    opt, kd = setting("kd", teacher, tmp_path)
+    _, failing = setting("attention", teacher, tmp_path)
+    monkeypatch.setattr(distiller_dict["attention"], "forward", waits)
+    own, others = Spoiled(), [Spoiled(), Spoiled()]
+    failing.distiller.generators = lambda: [own]
+    graph = CpuGraph(others)
+    train_epochs([failing], teacher, opt, (1,), graph)
+    assert not graph.replay and {each.state for each in (own, *others)} == {"usable"}
+    train_epochs([kd], teacher, opt, (1, 2), graph)
+    assert [made.replays for made in graph.made] == [0, 5] and kd.meters.steps == 5
+    assert capsys.readouterr().out.count("not captured as a CUDA graph") == 1
+
+
+FULL = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB of which 15.00 MiB is "
+    "free. Including non-PyTorch memory, this process has 79.08 GiB memory in use. Of the allocated memory 1 GiB is .."
+)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize(
+    ("message", "said"), [(FULL, "20.00 MiB were asked for, 15.00 MiB of 79.10 GiB are free"), ("odd", "odd")]
+)
+def test_out_of_memory_is_one_sentence(captured, message, said, teacher, tmp_path, capsys, monkeypatch):
+    """Raised in a step, eager or while it is captured."""
+    opt, student = setting("attention", teacher, tmp_path)
+    graph, real = CpuGraph(), distiller_dict["attention"].forward
+
+    def forward(self, f_s, f_t):
+        if graph.made or not captured:
+            raise torch.OutOfMemoryError(f"{message}\nsee the manual")
+        return real(self, f_s, f_t)
+
+    monkeypatch.setattr(distiller_dict["attention"], "forward", forward)
+    assert cli_errors(lambda: train_epochs([student], teacher, opt, (1,), graph if captured else None)) == 2
+    out, err = capsys.readouterr()
+    assert said in err and "--batch_size" in err and "manual" not in err and err.count("\n") == 1 and not out
+    assert bool(graph.made) == captured
 
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @on_gpu
 @pytest.mark.parametrize("name", METHODS)
-def test_cuda_graphs_equal_eager_steps(name, net, tmp_path):
-    """Of two students, one ends an epoch before the other."""
+def test_cuda_graphs_equal_eager_steps(name, net, tmp_path, deterministic):
+    """Bit for bit. Of two students, one ends an epoch before the other."""
     ends, device = [], torch.device("cuda")
     for flag in ("--graph", "--no-graph"):
         opt = make_opt(name, "none", flags=["--device", "cuda", flag])
@@ -303,7 +412,22 @@ def test_cuda_graphs_equal_eager_steps(name, net, tmp_path):
         train_epochs(students[:1], teacher, opt, (3,), graph, loader)
         assert not graph or (graph.replay and not graph.trouble)
         ends.append([t.cpu() for student in students for t in state(student)])
-    near(*ends, rtol=1e-3, atol=1e-4)
+    assert same(*ends)
+
+
+@on_gpu
+def test_a_graph_is_captured_after_a_failed_one(net, tmp_path, monkeypatch):
+    """As with the stand-in above, and the default generator draws again."""
+    device, opt = torch.device("cuda"), make_opt("attention", "crd", flags=["--device", "cuda"])
+    teacher = as_teacher(copy.deepcopy(net).cuda(), "resnet14", DATA)
+    loader, *_ = build.make_loaders(DATA, opt, device)
+    failing, crd = (make_student(n, opt, DATA, teacher, tmp_path, device=device) for n in ("attention", "crd"))
+    monkeypatch.setattr(distiller_dict["attention"], "forward", waits)
+    graph = loops.graph_of([failing, crd], opt)
+    train_epochs([failing, crd], teacher, opt, (1,), graph, loader)
+    assert graph.trouble and torch.randn(2, device=device).shape == (2,)
+    train_epochs([crd], teacher, opt, (2,), graph, loader)
+    assert graph.replay and not graph.trouble
 
 
 # --- memory format and precision ---
@@ -351,6 +475,17 @@ def test_bf16_is_near_and_leaves_float32(name, flags, exact, net, tmp_path):
     torch.testing.assert_close(*terms, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("arch", ["resnet8x4", "wrn_16_1", "vgg8", "ShuffleV2", "MobileNetV2", "ResNet50"])
+def test_a_bf16_teacher_is_cast_once(arch):
+    """To what autocast makes of it in every step, bit for bit; the network itself stays as it was."""
+    net, images = calibrate(arch, DATA), next(iter(make_loader(DATA)))[0]
+    teacher, before = Teacher(arch, net, DATA.n_cls), net(images)
+    build.move_teacher(teacher, CPU, make_opt("kd", flags=["--precision_t", "bf16"]))
+    with torch.no_grad():
+        (g, logit), (g_cast, logit_cast) = (f(images, False) for f in (forward_of(net, "bf16"), teacher.forward))
+    assert same([*g, logit], [*g_cast, logit_cast]) and torch.equal(net(images), before)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 def test_compiled_networks_are_near(net):
@@ -363,6 +498,16 @@ def test_compiling_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RunError, match="--compile: needs a C"):
         build.set_up(make_opt("kd", flags=["--compile"]))
+
+
+@pytest.mark.parametrize("flag", ["--no-tf32", "--tf32"])  # torch's default last
+def test_tf32_is_set_and_recorded(flag):
+    """And torch.compile, which reads the older of torch's two settings, can still do so."""
+    opt = make_opt("kd", flags=[flag])
+    build.set_up(opt)
+    assert torch.backends.cudnn.allow_tf32 == opt.tf32 == (torch.backends.cudnn.conv.fp32_precision == "tf32")
+    assert not torch.backends.cuda.matmul.allow_tf32  # matrix products are in float32 either way
+    assert plain(opt)["tf32"] == opt.tf32
 
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp32")])

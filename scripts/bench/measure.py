@@ -7,7 +7,11 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, supported_activities
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer, timer
+
+# what only allocates or renames
+FREE = {f"aten::{name}" for name in ("empty", "empty_like", "new_empty", "empty_strided", "_unsafe_view", "lift_fresh")}
 
 
 def interleaved(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
@@ -66,3 +70,19 @@ def kernels(run: Callable[[], object], repeats: int, device: torch.device) -> tu
         timed(run, repeats)
     events = [e for e in seen.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     return (len(events) / repeats, sum(e.time_range.elapsed_us() for e in events) / 1000 / repeats) if events else None
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute something: neither views nor what only allocates. Convolutions apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = self.others = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if "convolution" in name:
+            self.convolutions += 1 + (name.endswith("_backward") and sum(args[-1][:2]) == 2)  # of images and of weights
+        elif name.startswith("aten::") and not func.is_view and name not in FREE:
+            self.others += 1
+        return func(*args, **(kwargs or {}))
