@@ -41,6 +41,12 @@ def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[floa
     return x.view(images.shape).permute(0, 3, 1, 2)
 
 
+def share_of(plan: Tensor, share: tuple[int, int]) -> Tensor:
+    """The columns of a batch that one of several processes takes, (rank, world): joined by rank, they are the batch."""
+    rank, world = share
+    return plan.tensor_split(world, dim=-1)[rank] if world > 1 else plan
+
+
 class DeviceLoader:
     """Batches of images (B, 3, H, W), target (B,) and index (B,), from a data set kept on the device as uint8.
 
@@ -72,6 +78,7 @@ class DeviceLoader:
         device: str | torch.device = "cpu",
         layout: torch.memory_format = torch.channels_last,
         n_cls: int | None = None,
+        share: tuple[int, int] = (0, 1),  # (rank, world): of every batch this process's part, see share_of()
     ):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or labels.shape != images.shape[:1]:
             raise DataError(
@@ -87,7 +94,7 @@ class DeviceLoader:
         self.images, self.labels = images.to(self.device), labels.to(self.device)
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=self.device) for v in (mean, std))
         self.batch_size, self.n_data = batch_size, len(images)
-        self.augment, self.flip, self.seed = augment, flip, seed
+        self.augment, self.flip, self.seed, self.share = augment, flip, seed, share
         self.set_epoch(1)
 
     def __len__(self) -> int:
@@ -105,7 +112,9 @@ class DeviceLoader:
     def plans(self) -> Iterator[Tensor]:
         """Columns of the epoch's plan, a batch each; the iteration after this one begins at the first batch."""
         step, self.step = self.step, 0
-        return iter(self.plan(self.epoch).split(self.batch_size, dim=1)[step:])
+        plans = self.plan(self.epoch).split(self.batch_size, dim=1)[step:]
+        parts = (share_of(plan, self.share) for plan in plans)
+        return (part for part in parts if part.size(1))  # a batch of test images may be too short for all
 
     def batch(self, plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Assemble images, target and index of some columns of a plan."""

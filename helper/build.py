@@ -20,6 +20,7 @@ from dataset.loader import DeviceLoader, large_batch
 from distiller_zoo import Distiller, create_distiller, distiller_class, method_options
 from helper.checkpoint import load_network
 from helper.options import plain, weights_of
+from helper.ranks import ranks, sync_batch_norm
 from helper.run import Run
 from helper.student import Student, Teacher, forward_of
 from helper.util import RunError, choose_device, has_native_bf16, keep_buffers, seed_all, stream
@@ -32,6 +33,7 @@ KD_T = 4.0  # published temperature of the KL term
 def set_up(opt: argparse.Namespace) -> torch.device:
     """What is set once for the process -> the device, which also decides what `auto` precision is."""
     device = choose_device(opt.device)
+    ranks.start(device)
     if device.type == "cpu":
         keep_buffers()
     torch.autograd.set_detect_anomaly(opt.detect_anomaly)
@@ -65,7 +67,9 @@ def move_teacher(teacher: Teacher, device: torch.device, opt: argparse.Namespace
 
 def load_source(opt: argparse.Namespace) -> DataSource:
     """The data set of --dataset, with --val_split's share of every class's training images held out."""
-    source = load_dataset(opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers, opt.test_folder)
+    args = opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers, opt.test_folder
+    with ranks.after(first=ranks.local_rank == 0):  # on each machine one downloads and decodes
+        source = load_dataset(*args)
     crc32 = zlib.crc32("\0".join(source.class_names).encode())
     for array in (source.train_images, source.train_labels, source.test_images, source.test_labels):
         crc32 = zlib.crc32(np.ascontiguousarray(array), crc32)
@@ -93,8 +97,14 @@ def make_loaders(
     source: DataSource, opt: argparse.Namespace, device: torch.device
 ) -> tuple[DeviceLoader, DeviceLoader, DeviceLoader | None]:
     """Loaders of augmented training batches, of test images and of held-out images, if there are any."""
+    n, share = len(source.train_labels), (ranks.rank, ranks.world)
+    if ranks.world > 1 and (last := (n - 1) % opt.batch_size + 1) < 2 * ranks.world:
+        raise RunError(
+            f"--batch_size {opt.batch_size}: leaves {last} of the {n} training images for the last batch, and each of "
+            f"the {ranks.world} processes needs two for batch norm; change --batch_size"
+        )
     same: dict[str, Any] = {"mean": source.mean, "std": source.std, "device": device, "n_cls": source.n_cls}
-    same["layout"] = memory_format(opt)
+    same |= {"layout": memory_format(opt), "share": share}
     train = DeviceLoader(
         source.train_images, source.train_labels, opt.batch_size, augment=True, flip=source.flip, seed=opt.seed, **same
     )
@@ -159,6 +169,10 @@ def build(
     distiller = distiller.to(device)
     model = distiller.predictor(model)
     arch = getattr(model, "arch", arch)  # predictor() may have changed it
+    if opt.sync_bn and ranks.world > 1:
+        model = sync_batch_norm(model, device)
+        if not distiller.across_batch:  # that is given the whole batch
+            distiller = sync_batch_norm(distiller, device)
     config = {
         "role": role,
         **about,
@@ -179,15 +193,19 @@ def build(
         "mean": list(source.mean),
         "std": list(source.std),
         "device_type": device.type,  # CRD draws on the device
+        "batch_norm_shares": 1 if opt.sync_bn else ranks.world,  # parts of a batch that it takes by themselves
         "opt": plain(opt),
     }
-    run = Run(folder, arch, config, opt.free, {"argv": opt.argv, "device": device_name(device)})
+    part = {"argv": opt.argv, "device": device_name(device), "world_size": ranks.world}
+    run = Run(folder, arch, config, opt.free, part)
     model = model.to(device, memory_format=memory_format(opt))
     forward = forward_of(model, opt.precision, opt.compile)
     name = method if role == "student" else arch
     head_t = head(teacher.model) if teacher.model is not None else None
     student = Student(name, model, distiller, settings["weights"], run, settings["kd_T"], forward, head_t)
-    if (state := run.find(opt.resume)) is None:
+    with ranks.after(first=ranks.rank == 0):  # which locks the folder
+        state = run.find(opt.resume)
+    if state is None:
         student.start(opt)
     else:
         restore(student, state, opt)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from dataset.loader import DeviceLoader
 from helper.cuda_graph import CudaGraph
 from helper.interrupt import interrupt
+from helper.ranks import ranks
 from helper.student import Student, Teacher, count_hits
 
 
@@ -67,6 +68,8 @@ def train(
     for i, plan in enumerate(progress(loader.plans(), f"{stage}epoch {epoch}", len(loader) - first), first + 1):
         # after a kill, students may stand at different steps: each joins where it was saved
         active = [student for student in students if student.run.step < i]
+        if ranks.world > 1:
+            ranks.split(min(loader.batch_size, loader.n_data - (i - 1) * loader.batch_size))
         graph(step, plan, active) if graph else step(plan)
         for student in active:
             student.run.step = i
@@ -74,7 +77,7 @@ def train(
             for student in active:
                 means = student.meters.read()
                 student.run.scalars({f"{stage}step_train_loss": means["loss"]}, (epoch - 1) * len(loader) + i)
-        now_save = interrupt.signal or time.monotonic() - saved > 60 * opt.save_minutes
+        now_save = ranks.any(bool(interrupt.signal) or time.monotonic() - saved > 60 * opt.save_minutes)
         if now_save or i % opt.print_freq == 0:
             students = drop_nonfinite(students, epoch)
             if not students:
@@ -89,6 +92,7 @@ def train(
     students = drop_nonfinite(students, epoch)
     for student in students:
         student.run.step = 0
+        ranks.share_buffers(student.model)
     return students
 
 
@@ -102,7 +106,7 @@ def validate(model: nn.Module, loader: Iterable) -> dict[str, float]:
         loss = F.cross_entropy(logit, target, reduction="sum").double()
         sums += torch.cat([count_hits(logit, target), loss[None]])
         count += len(target)
-    top1, top5, loss = (sums / count).tolist()
+    top1, top5, loss = (ranks.sum(sums) / ranks.sum(torch.tensor(count))).tolist()
     return {"acc": 100 * top1, "acc_top5": 100 * top5, "loss": loss}
 
 
@@ -168,9 +172,11 @@ def fit(
 
 
 def graph_of(students: list[Student], opt) -> CudaGraph | None:
-    """What captures whole steps: on CUDA, unless --no-graph or --detect_anomaly is given."""
+    """What captures whole steps: on CUDA, in one process, unless --no-graph or --detect_anomaly is given."""
     devices = {student.meters.count.device for student in students}
-    captured = opt.graph and not opt.detect_anomaly and all(device.type == "cuda" for device in devices)
+    captured = (
+        opt.graph and not opt.detect_anomaly and ranks.world == 1 and all(device.type == "cuda" for device in devices)
+    )
     return CudaGraph(devices.pop(), opt.batch_size) if captured and devices else None
 
 
@@ -220,7 +226,8 @@ def record(student: Student, epoch: int, lr: float, test: dict[str, float], val:
 def drop_nonfinite(students: list[Student], epoch: int) -> list[Student]:
     """Close the runs whose loss, gradient or weights are not finite -> the other students."""
     for student in students:
-        if found := student.nonfinite():
+        found = student.nonfinite()
+        if ranks.any(bool(found) and ranks.rank == 0):  # only batch statistics may differ, and the first one's are kept
             fail(student, f"epoch {epoch}, {found}")
     return [student for student in students if not student.run.failed]
 

@@ -14,6 +14,7 @@ from typing import Literal, get_args, get_origin
 
 from dataset import dataset_dict
 from distiller_zoo import Distiller, DistillError, distiller_class, distiller_dict, method_name, method_options
+from helper.ranks import ranks
 from models import default_lr, model_dict
 
 LR = 0.05  # published; default_lr names the networks that are trained with another
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(**values)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n" if ranks.is_first_to_fail() else None)
 
 
 def named(what: str, registry: Iterable[str]) -> dict:
@@ -117,7 +118,7 @@ def parser_for(description: str, **defaults) -> Parser:
         help="steps between two training losses in TensorBoard (500)",
     )
     add("--save_freq", free=True, type=positive, default=40, help="epochs between two checkpoints (%(default)s)")
-    add("--batch_size", type=positive, default=64, help="images per step (64)")
+    add("--batch_size", type=positive, default=64, help="images per step, of all processes together (64)")
     add("--num_workers", free=True, type=number(int, 0), default=8, help="threads that decode image files once (8)")
     add("--epochs", free=True, type=positive, default=240, help="(%(default)s)")
     add("--learning_rate", type=number(float, 0), help=f"({lr})")
@@ -165,6 +166,7 @@ def add_engine_options(parser: Parser) -> None:
     add("--precision", choices=PRECISIONS, default="fp32", help="of the networks; auto: bf16 where it is native (fp32)")
     add("--compile", action="store_true", help="fuse kernels with torch.compile; for runs of more than some minutes")
     add("--graph", free=True, action=on_off, default=True, help="on CUDA, capture whole steps as a graph (on)")
+    add("--sync_bn", action="store_true", help="under torchrun: batch norm over all processes, not in each by itself")
     add("--channels_last", action=on_off, default=True, help="the channels_last memory format (on)")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dataset import DataSource
 from distiller_zoo import Distiller
 from helper.checkpoint import check_state
+from helper.ranks import ranks
 from helper.run import Run
 from helper.util import RunError
 from models.util import head
@@ -122,13 +123,12 @@ class Meters:
             tensor.copy_(state[name])
 
     @torch.no_grad()
-    def update(self, terms: Tensor, norm: Tensor, logit: Tensor | None, target: Tensor) -> None:
-        """terms (4,), norm of the gradient (), logit (B, n_cls), target (B,)"""
+    def update(self, terms: Tensor, norm: Tensor, hits: Tensor, count: int) -> None:
+        """terms (4,), norm of the gradient (), hits (2,) of a batch of so many images"""
         terms = terms.double()
-        hits = terms.new_zeros(2) if logit is None else count_hits(logit, target)
         self.steps += 1
-        self.count += len(target)
-        self.sums += torch.cat([terms * len(target), hits])
+        self.count += count
+        self.sums += torch.cat([terms * count, hits.double()])
         found = torch.cat([terms, norm[None].double()])
         first = ~(terms[0].isfinite() & norm.isfinite()) & (self.bad_step == 0)
         self.bad_step.copy_(torch.where(first, self.steps, self.bad_step))
@@ -150,6 +150,7 @@ class Meters:
         return f"step {step}: the {what}{values})"
 
 
+@torch.no_grad()
 def count_hits(logit: Tensor, target: Tensor) -> Tensor:
     """Number of samples whose label comes first, and among the first five: (2,)."""
     hit = logit.topk(min(5, logit.size(1)), dim=1).indices == target[:, None]  # (B, 5)
@@ -234,15 +235,20 @@ class Student:
         terms, logit_s = self.loss(images, target, index, out_t)
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            terms[0].backward()
+            terms[0].backward(terms.new_full((), ranks.weight) if ranks.world > 1 else None)
         except RuntimeError as error:
             self.explain(error)
             raise
-        norm = gradient_norm(self.optimizer)
+        hits = terms.new_zeros(2) if logit_s is None else count_hits(logit_s, target)
+        count, grads = len(target), gradients(self.optimizer)
+        if ranks.world > 1:
+            count = sum(ranks.sizes)
+            terms, hits = ranks.add_up(grads, terms, hits)
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
         self.optimizer.step()
         if self.has_term and not self.in_init:
             self.distiller.after_step()
-        self.meters.update(terms, norm, logit_s, target)
+        self.meters.update(terms, norm, hits, count)
 
     def main_loss(self, images: Tensor, target: Tensor, index: Tensor, out_t: Outputs) -> tuple[Tensor, Tensor]:
         """-> (4,) the loss and its three terms, (B, n_cls) logits"""
@@ -254,8 +260,11 @@ class Student:
         kd = torch.zeros_like(cls)
         if self.has_term:
             known = {"index": index, "target": target, "logit_s": logit_s, "logit_t": logit_t}
-            known |= {"epoch": self.epoch, "head_t": self.head_t}
+            known = {name: value for name, value in known.items() if name in method.needs}
             f_s, f_t = select_feats(g_s, method.feats), select_feats(g_t, method.feats)
+            if method.across_batch and ranks.world > 1:
+                f_s, f_t, known = ranks.gather(f_s), ranks.gather(f_t), ranks.gather(known)
+            known |= {"epoch": self.epoch, "head_t": self.head_t}
             kd = method(f_s, f_t, **{name: known[name] for name in method.needs})
         loss = w["gamma"] * cls + w["alpha"] * div + w["beta"] * kd
         return torch.stack([loss, cls, div, kd]), logit_s
@@ -288,9 +297,8 @@ class Student:
             raise RunError(f"--deterministic: {self.name}: {str(error).splitlines()[0]}") from error
 
 
-def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return torch.stack(torch._foreach_norm(grads)).norm()
+def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def sgd(params: list[nn.Parameter], lr: float, opt) -> torch.optim.SGD:
