@@ -174,9 +174,8 @@ def fit(
 def graph_of(students: list[Student], opt) -> CudaGraph | None:
     """What captures whole steps: on CUDA, in one process, unless --no-graph or --detect_anomaly is given."""
     devices = {student.meters.count.device for student in students}
-    captured = (
-        opt.graph and not opt.detect_anomaly and ranks.world == 1 and all(device.type == "cuda" for device in devices)
-    )
+    asked = opt.graph and not opt.detect_anomaly and ranks.world == 1
+    captured = asked and all(device.type == "cuda" for device in devices)
     return CudaGraph(devices.pop(), opt.batch_size) if captured and devices else None
 
 

@@ -40,7 +40,8 @@ class Ranks:
         streams = sys.stdout, sys.stderr
         if dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1:
             self.local_rank = int(os.environ["LOCAL_RANK"])
-            self.store, self.rank, self.world = next(dist.rendezvous("env://"))
+            store, self.rank, self.world = next(dist.rendezvous("env://"))
+            self.store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # it outlives --max-restarts
         try:
             yield
             if self.world > 1 and dist.is_initialized():
@@ -63,7 +64,7 @@ class Ranks:
     def is_first_to_fail(self) -> bool:
         """Whether no other process has said yet why the run ends."""
         try:
-            return self.store is None or self.store.add(f"failed/{os.environ['TORCHELASTIC_RESTART_COUNT']}", 1) == 1
+            return self.store is None or self.store.add("failed", 1) == 1
         except RuntimeError:  # torchrun itself is gone
             return True
 
@@ -75,7 +76,7 @@ class Ranks:
         return x
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank. Hosts wait for each other, not for their devices: 0.1 ms."""
+        """Whether the flag is set on some rank. Hosts wait for each other, not for their devices."""
         return bool(self.sum(torch.tensor(int(flag)))) if self.world > 1 else flag
 
     @contextmanager
@@ -97,7 +98,8 @@ class Ranks:
             try:
                 collective(*args)
             except RuntimeError as error:
-                raise Lost(f"another process of this run has ended ({str(error).splitlines()[0]})") from error
+                reason = str(error).rpartition("] ")[2].split(". ")[0]  # without gloo's file and line, and its advice
+                raise Lost(f"another process of this run has ended ({reason})") from error
 
     # --- a step ---
 
@@ -169,7 +171,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, ...)
         if not self.training:
             return super().forward(x)
-        dims, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+        dims, shape, dtype = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2), x.dtype
+        x = x.to(self.running_mean.dtype)  # bfloat16 has too few digits for sums
         n = round(x.numel() / x.size(1) / ranks.weight)  # values of a channel, on all ranks
         mean = Sum.apply(x.sum(dims)) / n
         x = x - mean.view(shape)
@@ -179,7 +182,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
         x = x * (var + self.eps).rsqrt().view(shape)
-        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+        return (x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x).to(dtype)
 
 
 def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:

@@ -196,8 +196,8 @@ def check_ranks(runs: Sequence[Run]) -> None:
     crc32 = zlib.crc32(repr(seen).encode())
     if ranks.world > 1 and int(ranks.sum(torch.tensor(crc32))) != ranks.world * crc32:
         raise RunError(
-            "the processes find different data, teachers or earlier parts of the run: --data_folder, --path_t and "
-            "--output must be the same for all"
+            "the processes differ in options, data, teacher or the state of the run: --data_folder, --path_t and "
+            "--output must lead to the same files everywhere"
         )
 
 
