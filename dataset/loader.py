@@ -57,7 +57,7 @@ class DeviceLoader:
     What every loader offers:
       len(loader)                    batches of an epoch, the short last one included
       set_epoch(epoch, step=0)       the next iteration is of this epoch, from this batch on
-      plans()                        iterator over what each coming batch is made of
+      plans()                        iterator over what each coming batch, or this process's share of it, is made of
       batch(plan)                    -> images, target, index on the device
       iter(loader)                   map(batch, plans())
     None of them waits for the device, so whole steps, batch() included, can be captured as a CUDA graph. `n_data` is

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -68,7 +68,14 @@ class Ranks:
         except RuntimeError:  # torchrun itself is gone
             return True
 
-    # --- what all do together ---
+    def call(self, collective: Callable, *args: Any) -> None:
+        """Do what all processes do together. Raises Lost if one is gone."""
+        if self.world > 1:
+            try:
+                collective(*args)
+            except RuntimeError as error:
+                reason = str(error).rpartition("] ")[2].split(". ")[0]  # without gloo's file and line, and its advice
+                raise Lost(f"another process of this run has ended ({reason})") from error
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the ranks, in place."""
@@ -93,16 +100,6 @@ class Ranks:
         for buffer in model.buffers():
             self.call(dist.broadcast, buffer, 0)
 
-    def call(self, collective: Callable, *args: Any) -> None:
-        if self.world > 1:
-            try:
-                collective(*args)
-            except RuntimeError as error:
-                reason = str(error).rpartition("] ")[2].split(". ")[0]  # without gloo's file and line, and its advice
-                raise Lost(f"another process of this run has ended ({reason})") from error
-
-    # --- a step ---
-
     def split(self, size: int) -> None:
         """Note the shares of the next batch, which are those of `dataset.loader.share_of`."""
         self.sizes = [size // self.world + (rank < size % self.world) for rank in range(self.world)]
@@ -112,10 +109,6 @@ class Ranks:
         """This rank's share of the batch, between 0 and 1."""
         return self.sizes[self.rank] / sum(self.sizes)
 
-    def own(self, whole: Tensor) -> Tensor:
-        """This rank's part of a batch (B, ...)."""
-        return whole.split(self.sizes)[self.rank]
-
     def gather(self, x: Any) -> Any:
         """The whole batch (B, ...), with gradients, of which x is this rank's part; also of lists and dicts."""
         if isinstance(x, dict):
@@ -123,11 +116,8 @@ class Ranks:
         return [self.gather(value) for value in x] if isinstance(x, list) else Gather.apply(x)
 
     @torch.no_grad()
-    def add_up(self, grads: Sequence[Tensor], terms: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients in place, loss terms and hits of the whole batch, by one all-reduce of all of them as one vector.
-
-        The gradients are weighted already, as the loss was.
-        """
+    def add_up(self, grads: list[Tensor], terms: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients (in place; the loss was weighted), terms and hits of the whole batch, by a single all-reduce."""
         parts = [*grads, terms * self.weight, hits.to(terms.dtype)]
         flat = self.sum(torch.cat([part.flatten() for part in parts]))
         for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
@@ -139,23 +129,21 @@ ranks = Ranks()
 
 
 class Gather(torch.autograd.Function):
-    """The batch of all ranks in order. All compute the same loss from it, so that its gradient is known to each rank;
-    it is divided by the weight that the loss carries there."""
+    """The batch of all ranks, in order. All compute the same loss from it, weighted by their shares, so that a rank
+    knows the gradient of its part without asking the others."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        whole = x.new_zeros(sum(ranks.sizes), *x.shape[1:])  # shares may differ in size, which all_gather does not take
-        ranks.own(whole).copy_(x)
+        whole = x.new_zeros(sum(ranks.sizes), *x.shape[1:])  # a sum, as all_gather takes no shares of unequal size
+        whole.split(ranks.sizes)[ranks.rank].copy_(x)
         return ranks.sum(whole)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        return ranks.own(grad) / ranks.weight
+        return grad.split(ranks.sizes)[ranks.rank] / ranks.weight
 
 
 class Sum(torch.autograd.Function):
-    """Sum over the ranks."""
-
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         return ranks.sum(x.clone())

@@ -193,8 +193,8 @@ def opened(runs: Sequence[Run]) -> Iterator[None]:
 def check_ranks(runs: Sequence[Run]) -> None:
     """Raise RunError if processes differ in what they run: another disk, other data, another teacher."""
     seen = [(run.folder.name, run.sha256(), run.init_epoch, run.epoch, run.step) for run in runs]
-    crc32 = zlib.crc32(repr(seen).encode())
-    if ranks.world > 1 and int(ranks.sum(torch.tensor(crc32))) != ranks.world * crc32:
+    crc32 = torch.tensor(zlib.crc32(repr(seen).encode()))
+    if ranks.sum(crc32.clone()) != ranks.world * crc32:
         raise RunError(
             "the processes differ in options, data, teacher or the state of the run: --data_folder, --path_t and "
             "--output must lead to the same files everywhere"

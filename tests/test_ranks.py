@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dataset import load_dataset
 from dataset.loader import DeviceLoader
 from distiller_zoo import distiller_dict
+from helper.checkpoint import load_network
 from helper.interrupt import Interrupted, interrupt
 from helper.loops import train, validate
 from helper.ranks import Ranks, ranks
@@ -193,7 +195,7 @@ def pid_of(torchrun, rank):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_ends_as_a_whole_one(command, tmp_path):
+def test_an_interrupted_run_ends_as_a_whole_one(command, image_folder, tmp_path):
     """SIGTERM to torchrun, then to one process: all save and end. SIGKILL: all end, and torchrun starts them again."""
     subprocess.run([*command, tmp_path / "whole"], check=True)
     restart = [*TORCHRUN, "--max-restarts", "1", *command[len(TORCHRUN) :]]
@@ -219,6 +221,19 @@ def test_an_interrupted_run_ends_as_a_whole_one(command, tmp_path):
     configs = [json.loads(path.read_text()) for path in (tmp_path / "cut").rglob("config.json")]
     assert {part["world_size"] for config in configs for part in config["parts"]} == {2}
     assert {len(config["parts"]) for config in configs} == {4}
+
+    # all validated with the batch statistics that were saved, those of the first process
+    data = load_dataset("folder", image_folder, 16)
+    test_loader = DeviceLoader(data.test_images, data.test_labels, 12, mean=data.mean, std=data.std)
+    net = load_network(next((tmp_path / "whole").rglob("*_crd_*/resnet8_last.pth")))[2]
+    last = whole["crd"][0][-1]
+    expected = {key: last[f"test_{key}"] for key in ("acc", "acc_top5", "loss")}
+    assert validate(net, test_loader) == pytest.approx(expected)
+
+    # one process has other batches to take the statistics of
+    plain = [sys.executable, *command[len(TORCHRUN) :], tmp_path / "cut"]
+    done = subprocess.run(plain, capture_output=True, text=True)
+    assert done.returncode == 2 and "batch_norm_shares: 2 there, 1 here" in done.stderr
 
 
 @pytest.mark.slow
