@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     students = build_students(opt, source, device, teacher)
     with opened([student.run for student in students]):
         if teacher.model is not None:
-            teacher.compare(validate(teacher.model, test_loader)["acc"])
+            teacher.compare(validate([teacher.model], test_loader)[0]["acc"])
         pretrain(students, teacher, train_loader, opt)
         results = fit(students, teacher, train_loader, test_loader, val_loader, opt)
     print(*results, sep="\n")

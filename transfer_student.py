@@ -11,9 +11,10 @@ from helper.checkpoint import load_network
 from helper.loops import Result, fit
 from helper.options import LR, finish, network, on_off, parser_for, trial
 from helper.probe import Probe, cache_features
+from helper.ranks import ranks
 from helper.run import opened
 from helper.student import Teacher
-from helper.util import cli_errors, seed_all
+from helper.util import RunError, cli_errors, seed_all
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,12 +26,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--part_s", free=True, metavar="KEY", help="which network of a checkpoint that holds several")
     add("-t", "--trial", type=trial, default="0", help="number or name of the run (0)")
     add("--cache_features", free=True, action=on_off, help="compute features once (if they fit half the free memory)")
-    parser.fix(precision="fp32", compile=False, graph=False, channels_last=True)
+    parser.fix(precision="fp32", compile=False, graph=False, channels_last=True, sync_bn=False)
     return finish(parser, argv, "model_s")
 
 
 def main(argv: list[str] | None = None) -> list[Result]:
     opt = parse(argv)
+    if ranks.world > 1:
+        raise RunError("a probe is trained by one process: start it without torchrun")
     device = set_up(opt)
     _, _, net, _ = load_network(opt.path_s, opt.model_s, "--model_s", opt.part_s, image_size=opt.image_size)
     source = load_source(opt)

@@ -83,6 +83,12 @@ def normalize(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[floa
     return x.view(images.shape).permute(0, 3, 1, 2)
 
 
+def share_of(plan: Tensor, share: tuple[int, int]) -> Tensor:
+    """The columns of a batch that one of several processes takes, (rank, world): joined by rank, they are the batch."""
+    rank, world = share
+    return plan.tensor_split(world, dim=-1)[rank] if world > 1 else plan
+
+
 class Loader:
     """Batches of images (B, 3, H, W), target (B,) and index (B,), in an order and with views that are drawn in advance.
 
@@ -98,8 +104,8 @@ class Loader:
     What every loader offers:
       len(loader)                    batches of an epoch, the short last one included
       set_epoch(epoch, step=0)       the next iteration is of this epoch, from this batch on
-      plans()                        iterator over what each coming batch is made of: a tensor (k, B), or a tuple of
-                                     tensors whose first is index (B,)
+      plans()                        iterator over what each coming batch, or this process's share of it, is made of:
+                                     a tensor (k, B), or a tuple of tensors whose first is index (B,)
       batch(plan)                    -> images, target, index on the device
       iter(loader)                   map(batch, plans())
     batch() does not wait for the device, so whole steps can be captured as a CUDA graph. `n_data` is the number of
@@ -120,6 +126,7 @@ class Loader:
         device: str | torch.device = "cpu",
         layout: torch.memory_format = torch.channels_last,
         n_cls: int | None = None,
+        share: tuple[int, int] = (0, 1),  # (rank, world): of every batch this process's part, see share_of()
     ):
         shape = images.shape
         if images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or labels.shape != shape[:1]:
@@ -135,7 +142,7 @@ class Loader:
         self.device, self.layout = torch.device(device), layout
         self.mean, self.std = (torch.tensor(v, dtype=torch.float32, device=self.device) for v in (mean, std))
         self.batch_size, self.n_data, self.height, self.width = batch_size, *shape[:3]
-        self.augment, self.flip, self.seed = augment, flip, seed
+        self.augment, self.flip, self.seed, self.share = augment, flip, seed, share
         self.set_epoch(1)
 
     def __len__(self) -> int:
@@ -186,7 +193,9 @@ class DeviceLoader(Loader):
     def plans(self) -> Iterator[Tensor]:
         """Columns of the epoch's plan, a batch each; the iteration after this one begins at the first batch."""
         step, self.step = self.step, 0
-        return iter(self.plan(self.epoch).split(self.batch_size, dim=1)[step:])
+        plans = self.plan(self.epoch).split(self.batch_size, dim=1)[step:]
+        parts = (share_of(plan, self.share) for plan in plans)
+        return (part for part in parts if part.size(1))  # a batch of test images may be too short for all
 
     def batch(self, plan: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Assemble images, target and index of some columns of a plan."""

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset.base import DataError, ImageFiles
 from dataset.image_files import decode
-from dataset.loader import Loader, crop, draw_windows, normalize
+from dataset.loader import Loader, crop, draw_windows, normalize, share_of
 
 
 class StreamLoader(Loader):
@@ -43,7 +43,8 @@ class StreamLoader(Loader):
         step, self.step = self.step, 0
         order, views = self.draw(self.epoch)
         starts = range(step * self.batch_size, self.n_data, self.batch_size)
-        columns = (slice(start, start + self.batch_size) for start in starts)
+        batches = (torch.arange(start, min(start + self.batch_size, self.n_data)) for start in starts)
+        columns = (c for batch in batches if len(c := share_of(batch, self.share).numpy()))
         parts = ((order[c], self.labels[order[c]], self.images[order[c]], views[:, c]) for c in columns)
         workers = DataLoader(
             Reader(self.augment),

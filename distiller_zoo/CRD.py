@@ -25,6 +25,7 @@ class CRDLoss(Distiller):
 
     feats = -1
     needs = ("index",)
+    across_batch = True
     weights = {"gamma": 1.0, "alpha": 0.0, "beta": 0.8}
 
     def __init__(

@@ -18,6 +18,7 @@ class DISTLoss(Distiller):
 
     feats = slice(0)
     needs = ("logit_s", "logit_t")
+    across_batch = True
     weights = {"gamma": 1.0, "alpha": 0.0, "beta": 2.0}
     w_inter = w_intra = 1.0
 

@@ -19,6 +19,7 @@ class ICDLoss(Distiller):
     """
 
     feats = -1
+    across_batch = True
     min_batch = 2
 
     def __init__(self, s_dim: int, t_dim: int, feat_dim: Size = 128):

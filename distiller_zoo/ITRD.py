@@ -23,6 +23,7 @@ class ITRDLoss(Distiller):
     """
 
     feats = -1
+    across_batch = True
     min_batch = 2
 
     def __init__(

@@ -14,6 +14,7 @@ class PKT(Distiller):
     """
 
     feats = -1
+    across_batch = True
     min_batch = 2
     weights = {"gamma": 1.0, "alpha": 0.0, "beta": 30000.0}
 

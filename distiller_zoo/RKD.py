@@ -16,6 +16,7 @@ class RKDLoss(Distiller):
     """
 
     feats = -1
+    across_batch = True
     min_batch = 3  # of two, the one distance is its own mean
     w_distance, w_angle = 25.0, 50.0
 

@@ -19,6 +19,7 @@ class RRDLoss(Distiller):
     """
 
     feats = -1
+    across_batch = True
 
     def __init__(
         self,

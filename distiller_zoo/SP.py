@@ -13,6 +13,7 @@ class Similarity(Distiller):
     """
 
     feats = -2
+    across_batch = True
     min_batch = 2
     weights = {"gamma": 1.0, "alpha": 0.0, "beta": 3000.0}
 

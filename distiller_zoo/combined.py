@@ -67,6 +67,7 @@ def combine(parts: dict[str, type[Distiller]], given: dict[str, float]) -> type[
     classes = parts.values()
     found = {"parts": parts, "given": given, "min_batch": max(part.min_batch for part in classes)}
     found["capturable"] = all(part.capturable for part in classes)
+    found["across_batch"] = any(part.across_batch for part in classes)
     found["needs"] = tuple(dict.fromkeys(key for part in classes for key in part.needs))
     for side in ("preact_s", "preact_t"):
         kinds = {getattr(part, side) for part in classes if part.feats not in (-1, slice(0))}  # those that take maps

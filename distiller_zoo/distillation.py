@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,16 +53,26 @@ def loss_terms(
     out_s: Output,
     out_t: Output | tuple[None, None],
     target: Tensor,
-    **known: Any,
+    index: Tensor | None = None,
+    epoch: Tensor | None = None,
+    head_t: nn.Linear | None = None,
+    gather: Callable[[Any], Any] | None = None,
 ) -> Tensor:
-    """The loss and its terms cross-entropy, KL and the method's own, unweighted: (4,). known: index, epoch, head_t"""
+    """The loss and its terms cross-entropy, KL and the method's own, unweighted: (4,).
+
+    gather: of several processes, makes the whole batch of a process's share, for methods that look across the batch
+    """
     (g_s, logit_s), (g_t, logit_t) = out_s, out_t
     cls = F.cross_entropy(logit_s, target)
     div = distiller.kl(logit_s, logit_t, T) if weights["alpha"] else torch.zeros_like(cls)
     kd = torch.zeros_like(cls)
     if has_term(distiller, weights):
-        known |= {"target": target, "logit_s": logit_s, "logit_t": logit_t}
+        batch = {"index": index, "target": target, "logit_s": logit_s, "logit_t": logit_t}
+        batch = {name: value for name, value in batch.items() if name in distiller.needs}
         f_s, f_t = select_feats(g_s, distiller.feats), select_feats(g_t, distiller.feats)
+        if gather and distiller.across_batch:
+            f_s, f_t, batch = gather(f_s), gather(f_t), gather(batch)
+        known = {**batch, "epoch": epoch, "head_t": head_t}
         kd = distiller(f_s, f_t, **{name: known[name] for name in distiller.needs})
     loss = weights["gamma"] * cls + weights["alpha"] * div + weights["beta"] * kd
     return torch.stack([loss, cls, div, kd])

@@ -23,6 +23,7 @@ from dataset.stream import StreamLoader
 from distiller_zoo import BASELINE, Distillation, method_options
 from helper.checkpoint import load_network, load_weights
 from helper.options import WEIGHTS, plain
+from helper.ranks import ranks, sync_batch_norm
 from helper.run import Run
 from helper.student import Student, Teacher, forward_of
 from helper.util import RunError, choose_device, has_native_bf16, keep_buffers, seed_all, stream
@@ -34,6 +35,11 @@ from models.util import feature_shapes
 def set_up(opt: argparse.Namespace) -> torch.device:
     """What is set once for the process -> the device, which also decides what `auto` precision is."""
     device = choose_device(opt.device)
+    if ranks.world > 1 and device.type == "cuda":
+        if device.index is not None or int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise RunError(f"--device {opt.device}: each process needs a GPU of its own, by --device cuda")
+        device = torch.device("cuda", ranks.local_rank)
+    ranks.start(device)
     if device.type == "cpu":
         keep_buffers()
     torch.autograd.set_detect_anomaly(opt.detect_anomaly)
@@ -78,9 +84,9 @@ def load_source(opt: argparse.Namespace) -> DataSource:
 
     opt.stream becomes what was chosen; it is part of a run's identity, as a streamed set's mean and std are estimates.
     """
-    source = load_dataset(
-        opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers, opt.test_folder, opt.stream
-    )
+    args = opt.dataset, opt.data_folder, opt.image_size, opt.download, opt.num_workers, opt.test_folder, opt.stream
+    with ranks.after(first=ranks.local_rank == 0):  # on each machine one downloads and decodes
+        source = load_dataset(*args)
     opt.stream = isinstance(source.train_images, ImageFiles)
     if opt.val_split and source.val_images is not None:
         raise RunError("--val_split: the data set has held-out images of its own")
@@ -112,11 +118,19 @@ def make_loaders(
     source: DataSource, opt: argparse.Namespace, device: torch.device
 ) -> tuple[Loader, Loader, Loader | None]:
     """Loaders of augmented training batches, of test images and of held-out images, if there are any."""
+    n, share = len(source.train_labels), (ranks.rank, ranks.world)
+    if ranks.world > 1 and (last := (n - 1) % opt.batch_size + 1) < 2 * ranks.world:
+        raise RunError(
+            f"--batch_size {opt.batch_size}: leaves {last} of the {n} training images for the last batch, and each of "
+            f"the {ranks.world} processes needs two for batch norm; change --batch_size"
+        )
+    if len(source.test_labels) < ranks.world:
+        raise RunError(f"there are {len(source.test_labels)} test images for {ranks.world} processes")
     loader: Any = DeviceLoader
     if isinstance(source.train_images, ImageFiles):
         loader = partial(StreamLoader, num_workers=opt.num_workers)
     same: dict[str, Any] = {"mean": source.mean, "std": source.std, "device": device, "n_cls": source.n_cls}
-    same["layout"] = memory_format(opt)
+    same |= {"layout": memory_format(opt), "share": share}
     drawn = {"augment": opt.augment, "flip": source.flip, "seed": opt.seed}
     train = loader(source.train_images, source.train_labels, opt.batch_size, **drawn, **same)
     test = loader(source.test_images, source.test_labels, large_batch(source.test_images), **same)
@@ -212,6 +226,10 @@ def build(
     teacher = teacher or Teacher()
     distiller, model = kd.distiller.to(device), kd.student
     stages = getattr(model, "stages", None)
+    if opt.sync_bn and ranks.world > 1:
+        model = sync_batch_norm(model, device)
+        if not distiller.across_batch:  # that is given the whole batch
+            distiller = sync_batch_norm(distiller, device)
     config = {
         "role": role,
         **about,
@@ -239,14 +257,18 @@ def build(
         "device_type": device.type,
         # what is drawn on a GPU depends on the number of its multiprocessors
         **({"gpu": device_name(device)} if device.type != "cpu" and distiller.generators() else {}),
+        "batch_norm_shares": 1 if opt.sync_bn else ranks.world,  # parts of a batch that it takes by themselves
         "opt": plain(opt),
     }
-    run = Run(folder, model.arch, config, opt.free, {"argv": opt.argv, "device": device_name(device)})
+    part = {"argv": opt.argv, "device": device_name(device), "world_size": ranks.world}
+    run = Run(folder, model.arch, config, opt.free, part)
     model = model.to(device, memory_format=memory_format(opt))
     forward = forward_of(model, opt.precision, opt.compile)
     name = kd.method if role == "student" else model.arch
     student = Student(name, model, distiller, kd.weights, run, kd.T, forward, kd.head_t[0], kd.n_stages)
-    if (state := run.find(opt.resume)) is None:
+    with ranks.after(first=ranks.rank == 0):  # which locks the folder
+        state = run.find(opt.resume)
+    if state is None:
         student.start(opt)
     else:
         restore(student, state, opt)

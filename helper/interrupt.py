@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from helper.ranks import ranks
+
 EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # schedulers warn by the last two; Windows has two
 
@@ -39,7 +41,7 @@ class Interrupt:
 
     def _handle(self, number: int, frame: object) -> None:
         again, self.signal = bool(self.signal), signal.Signals(number).name
-        if again or not self._deferred:
+        if not self._deferred or (again and ranks.world == 1):  # torchrun forwards what a scheduler may send to all
             raise Interrupted(self.signal)
 
     @contextmanager
@@ -52,9 +54,9 @@ class Interrupt:
             self._deferred = False
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has arrived."""
-        if self.signal:
-            raise Interrupted(self.signal)
+        """Raise Interrupted if a signal has arrived, in any process of the run."""
+        if ranks.any(bool(self.signal)):
+            raise Interrupted(self.signal or "a signal to another process")
 
 
 interrupt = Interrupt()

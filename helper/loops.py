@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset.loader import DeviceLoader
+from dataset.loader import Loader
 from helper.cuda_graph import CudaGraph
 from helper.interrupt import interrupt
+from helper.ranks import ranks
 from helper.student import Student, Teacher
 from helper.util import stream
 from models import file_name
@@ -46,7 +47,7 @@ class Result(NamedTuple):
 
 
 def train(
-    epoch: int, loader: DeviceLoader, teacher: Teacher, students: list[Student], opt, graph=None, stage: str = ""
+    epoch: int, loader: Loader, teacher: Teacher, students: list[Student], opt, graph=None, stage: str = ""
 ) -> list[Student]:
     """One epoch, or what is left of it -> the students that are still finite.
 
@@ -73,6 +74,8 @@ def train(
         seed = stream(opt.seed, "step", stage, f"{epoch}", f"{i}")
         for generator in torch.cuda.default_generators:  # none on the CPU
             generator.manual_seed(seed)
+        if ranks.world > 1:
+            ranks.split(min(loader.batch_size, loader.n_data - (i - 1) * loader.batch_size))
         graph(step, plan, active) if graph else step(plan)
         for student in active:
             student.run.step = i
@@ -80,7 +83,7 @@ def train(
             for student in active:
                 means = student.meters.read()
                 student.run.scalars({f"{stage}step_train_loss": means["loss"]}, (epoch - 1) * len(loader) + i)
-        now_save = interrupt.signal or time.monotonic() - saved > 60 * opt.save_minutes
+        now_save = ranks.any(bool(interrupt.signal) or time.monotonic() - saved > 60 * opt.save_minutes)
         if now_save or i % opt.print_freq == 0:
             students = drop_nonfinite(students, epoch)
             if not students:
@@ -95,38 +98,51 @@ def train(
     students = drop_nonfinite(students, epoch)
     for student in students:
         student.run.step = 0
+        ranks.share_buffers(student.model)
     return students
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, loader: Iterable) -> dict[str, Any]:
-    """Test a network on every image of a loader, each once. Waits for the device only at the end.
+def validate(models: Sequence[nn.Module], loader: Iterable) -> list[dict[str, Any]]:
+    """Test networks on every image of a loader, each once. Waits for the device only at the end.
 
     acc, acc_top5, macro_f1 (the mean F1 of the classes that have images) and recall (a list with one entry per class,
     NaN for a class without images) are in percent; loss is the mean cross-entropy.
     """
-    model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
-    counts: Any = 0  # (3, n_cls) from the first batch on
-    n = 0
-    for images, target, _ in loader:
-        logit = model(images)
-        top = logit.topk(min(5, logit.size(1)), dim=1).indices  # (B, 5)
-        hit = top == target[:, None]
-        sums += torch.stack([hit.sum().double(), F.cross_entropy(logit, target, reduction="sum").double()])
-        zeros, one = target.new_zeros(logit.size(1)), torch.ones_like(target)
-        right = zeros.index_add(0, target, hit[:, 0].long())
-        counts = counts + torch.stack([right, zeros.index_add(0, target, one), zeros.index_add(0, top[:, 0], one)])
-        n += len(target)
-    right, actual, predicted = counts.double()  # (n_cls,) each
-    macro_f1 = torch.where(actual > 0, 2 * right / (actual + predicted), torch.nan).nanmean()
-    means = torch.cat([sums / n, torch.stack([right.sum() / n, macro_f1]), right / actual])
-    top5, loss, top1, macro_f1, *recall = means.tolist()
-    recall = [100 * share for share in recall]
-    return {"acc": 100 * top1, "acc_top5": 100 * top5, "loss": loss, "macro_f1": 100 * macro_f1, "recall": recall}
+    for model in models:
+        model.eval()
+    tallies: list[Any] = [0] * len(models)
+    for images, target, _ in loader if models else ():
+        tallies = [sums + tally(model(images), target) for sums, model in zip(tallies, models, strict=True)]
+    return [summary(ranks.sum(sums)) for sums in tallies]
 
 
-def pretrain(students: list[Student], teacher: Teacher, loader: DeviceLoader, opt) -> None:
+def tally(logit: Tensor, target: Tensor) -> Tensor:
+    """(3 + 3 n_cls,) of a batch: its size, top-5 hits, loss; of every class the hits, images, predictions."""
+    top = logit.topk(min(5, logit.size(1)), dim=1).indices  # (B, 5)
+    hit = top == target[:, None]
+    loss = F.cross_entropy(logit, target, reduction="sum").double()
+    zeros, one = target.new_zeros(logit.size(1)), torch.ones_like(target)
+    classes = [(target, hit[:, 0].long()), (target, one), (top[:, 0], one)]
+    counts = [zeros.index_add(0, which, n).double() for which, n in classes]
+    return torch.cat([torch.stack([one.sum().double(), hit.sum().double(), loss]), *counts])
+
+
+def summary(sums: Tensor) -> dict[str, Any]:
+    """What validate() returns, from the tallies of all batches. Waits for the device."""
+    n, top5, loss, *counts = sums.tolist()
+    right, actual, predicted = torch.tensor(counts, dtype=torch.float64).view(3, -1)
+    f1 = 2 * right / (actual + predicted)
+    return {
+        "acc": 100 * float(right.sum()) / n,
+        "acc_top5": 100 * top5 / n,
+        "loss": loss / n,
+        "macro_f1": 100 * float(f1[actual > 0].mean()),
+        "recall": (100 * right / actual).tolist(),
+    }
+
+
+def pretrain(students: list[Student], teacher: Teacher, loader: Loader, opt) -> None:
     """The first stage of the methods that have one, at a constant learning rate."""
     students = [student for student in students if student.in_init]
     graph = graph_of(students, opt)
@@ -151,7 +167,7 @@ def pretrain(students: list[Student], teacher: Teacher, loader: DeviceLoader, op
 def fit(
     students: list[Student],
     teacher: Teacher,
-    train_loader: DeviceLoader,
+    train_loader: Loader,
     test_loader: Iterable,
     val_loader: Iterable | None,
     opt,
@@ -171,8 +187,9 @@ def fit(
                 for student in active:
                     student.set_lr(lr)
                 active = train(epoch, train_loader, teacher, active, opt, graph)
-            tests = [validate(student.model, test_loader) for student in active]
-            vals = [validate(student.model, val_loader) if val_loader else {} for student in active]
+            models = [student.model for student in active]
+            tests = validate(models, test_loader)
+            vals = validate(models, val_loader) if val_loader else [{} for _ in models]
             for student, test, val in zip(active, tests, vals, strict=True):
                 if math.isfinite(test["loss"]):
                     record(student, epoch, lr, test, val, opt)
@@ -198,9 +215,10 @@ def learning_rate(epoch: int, opt) -> float:
 
 
 def graph_of(students: list[Student], opt) -> CudaGraph | None:
-    """What captures whole steps: on CUDA, unless --no-graph or --detect_anomaly is given."""
+    """What captures whole steps: on CUDA, in one process, unless --no-graph or --detect_anomaly is given."""
     devices = {student.meters.count.device for student in students}
-    captured = opt.graph and not opt.detect_anomaly and all(device.type == "cuda" for device in devices)
+    asked = opt.graph and not opt.detect_anomaly and ranks.world == 1
+    captured = asked and all(device.type == "cuda" for device in devices)
     return CudaGraph(devices.pop(), opt.batch_size) if captured and devices else None
 
 
@@ -258,7 +276,8 @@ def rounded(value: Any) -> Any:
 def drop_nonfinite(students: list[Student], epoch: int) -> list[Student]:
     """Close the runs whose loss, gradient or weights are not finite -> the other students."""
     for student in students:
-        if found := student.nonfinite():
+        found = student.nonfinite()
+        if ranks.any(bool(found) and ranks.rank == 0):  # only batch statistics may differ, and the first one's are kept
             fail(student, f"epoch {epoch}, {found}")
     return [student for student in students if not student.run.failed]
 

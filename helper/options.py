@@ -16,6 +16,7 @@ from dataset import dataset_dict
 from dataset.loader import AUGMENTS
 from distiller_zoo import Distiller, DistillError, distiller_class, distiller_dict, method_name, method_options
 from distiller_zoo.distillation import weights_of
+from helper.ranks import ranks
 from models import check_name, default_lr, model_dict
 from models.util import ModelError
 
@@ -51,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(**values)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {message}\n" if ranks.is_first_to_fail() else None)
 
 
 def named(what: str, registry: Iterable[str]) -> dict:
@@ -135,7 +136,7 @@ def parser_for(description: str, **defaults) -> Parser:
         help="steps between two training losses in TensorBoard (500)",
     )
     add("--save_freq", free=True, type=positive, default=40, help="epochs between two checkpoints (%(default)s)")
-    add("--batch_size", type=positive, default=64, help="images per step (64)")
+    add("--batch_size", type=positive, default=64, help="images per step, of all processes together (64)")
     add("--num_workers", free=True, type=number(int, 0), default=8, help="threads or processes that decode images (8)")
     add("--epochs", free=True, type=positive, default=240, help="(%(default)s)")
     add("--learning_rate", type=number(float, 0), help=f"({lr})")
@@ -194,6 +195,7 @@ def add_engine_options(parser: Parser) -> None:
     )
     add("--compile", action="store_true", help="fuse kernels with torch.compile; for runs of more than some minutes")
     add("--graph", free=True, action=on_off, default=True, help="on CUDA, capture whole steps as a graph (on)")
+    add("--sync_bn", action="store_true", help="under torchrun: batch norm over all processes, not in each by itself")
     add("--channels_last", action=on_off, default=True, help="the channels_last memory format (on)")
 
 

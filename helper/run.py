@@ -7,16 +7,19 @@ import json
 import os
 import socket
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
 from helper import checkpoint
+from helper.ranks import ranks
 from helper.util import RunError, code_version, versions
 
 # How far a run has got: whole epochs of the first and of the main stage, steps of the next one; and what it reached.
@@ -61,7 +64,8 @@ class Run:
             holder = f"process {parts[-1]['pid']} on {parts[-1]['host']}" if "pid" in parts[-1] else "another process"
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise RunError(f"{path}: damaged ({error}): choose another --trial or --output") from error
-        self.lock = lock(self.folder, holder)  # before the state is read
+        if ranks.rank == 0:
+            self.lock = lock(self.folder, holder)  # before the state is read
         now = self.identity(json.loads(json.dumps(self.config)))
         # what an older version did not write is not compared
         differ = [
@@ -87,7 +91,7 @@ class Run:
 
     def open(self) -> None:
         """Make the folder, or take it up again where the run was interrupted; nothing if the run is complete."""
-        if self.epoch >= self.config["opt"]["epochs"]:
+        if self.epoch >= self.config["opt"]["epochs"] or ranks.rank:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -118,6 +122,8 @@ class Run:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Add points to TensorBoard's curves. It is imported here, as that takes a second."""
+        if ranks.rank:
+            return
         if self.writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -127,11 +133,14 @@ class Run:
 
     def write_line(self, values: dict) -> None:
         """A line of metrics.jsonl."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(values) + "\n")
+        if ranks.rank == 0:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(values) + "\n")
 
     def save(self, name: str, model: nn.Module) -> None:
         """Write a checkpoint that describes itself, of the last completed epoch."""
+        if ranks.rank:
+            return
         keys = ("dataset", "n_cls", "class_names", "mean", "std", "image_size", "stages", "opt")
         about = {key: self.config[key] for key in keys if key in self.config}
         about["config_sha256"] = self.sha256()
@@ -143,7 +152,8 @@ class Run:
         """Write resume.pth, from which the run continues."""
         self.tick()
         progress = {name: getattr(self, name) for name in PROGRESS}
-        checkpoint.save(self.folder / "resume.pth", {**state, **progress})
+        if ranks.rank == 0:
+            checkpoint.save(self.folder / "resume.pth", {**state, **progress})
 
     def tick(self) -> None:
         now = time.perf_counter()
@@ -176,12 +186,24 @@ class Run:
 def opened(runs: Sequence[Run]) -> Iterator[None]:
     """Open runs, and close them whatever happens: another call may be made in this process."""
     try:
+        check_ranks(runs)
         for run in runs:
             run.open()
         yield
     finally:
         for run in runs:
             run.close()
+
+
+def check_ranks(runs: Sequence[Run]) -> None:
+    """Raise RunError if processes differ in what they run: another disk, other data, another teacher."""
+    seen = [(run.folder.name, run.sha256(), run.init_epoch, run.epoch, run.step) for run in runs]
+    crc32 = torch.tensor(zlib.crc32(repr(seen).encode()))
+    if ranks.sum(crc32.clone()) != ranks.world * crc32:
+        raise RunError(
+            "the processes differ in options, data, teacher or the state of the run: --data_folder, --path_t and "
+            "--output must lead to the same files everywhere"
+        )
 
 
 def lock(folder: Path, holder: str = "another process") -> FileLock:

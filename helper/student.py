@@ -15,6 +15,7 @@ from dataset import DataSource
 from distiller_zoo import Distiller
 from distiller_zoo.distillation import KD_T, has_term, last_stages, loss_terms, select_feats, to_float32
 from helper.checkpoint import check_state
+from helper.ranks import ranks
 from helper.run import Run
 from helper.util import RunError
 from models.external import External
@@ -115,13 +116,12 @@ class Meters:
             tensor.copy_(state[name])
 
     @torch.no_grad()
-    def update(self, terms: Tensor, norm: Tensor, logit: Tensor | None, target: Tensor) -> None:
-        """terms (4,), norm of the gradient (), logit (B, n_cls), target (B,)"""
+    def update(self, terms: Tensor, norm: Tensor, hits: Tensor, count: int) -> None:
+        """terms (4,), norm of the gradient (), hits (2,) of a batch of so many images"""
         terms = terms.double()
-        hits = terms.new_zeros(2) if logit is None else count_hits(logit, target)
         self.steps += 1
-        self.count += len(target)
-        self.sums += torch.cat([terms * len(target), hits])
+        self.count += count
+        self.sums += torch.cat([terms * count, hits.double()])
         found = torch.cat([terms, norm[None].double()])
         first = ~(terms[0].isfinite() & norm.isfinite()) & (self.bad_step == 0)
         self.bad_step.copy_(torch.where(first, self.steps, self.bad_step))
@@ -143,6 +143,7 @@ class Meters:
         return f"step {step}: the {what}{values})"
 
 
+@torch.no_grad()
 def count_hits(logit: Tensor, target: Tensor) -> Tensor:
     """Number of samples whose label comes first, and among the first five: (2,)."""
     hit = logit.topk(min(5, logit.size(1)), dim=1).indices == target[:, None]  # (B, 5)
@@ -224,15 +225,20 @@ class Student:
         terms, logit_s = self.loss(images, target, index, out_t)
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            terms[0].backward()
+            terms[0].backward(terms.new_full((), ranks.weight) if ranks.world > 1 else None)
         except RuntimeError as error:
             self.explain(error)
             raise
-        norm = gradient_norm(self.optimizer)
+        hits = terms.new_zeros(2) if logit_s is None else count_hits(logit_s, target)
+        count, grads = len(target), gradients(self.optimizer)
+        if ranks.world > 1:
+            count = sum(ranks.sizes)
+            terms, hits = ranks.add_up(grads, terms, hits)
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
         self.optimizer.step()
         if self.has_term and not self.in_init:
             self.distiller.after_step()
-        self.meters.update(terms, norm, logit_s, target)
+        self.meters.update(terms, norm, hits, count)
 
     def main_loss(self, images: Tensor, target: Tensor, index: Tensor, out_t: Outputs) -> tuple[Tensor, Tensor]:
         """-> (4,) the loss and its three terms, (B, n_cls) logits"""
@@ -242,7 +248,9 @@ class Student:
         known = {"index": index, "epoch": self.epoch, "head_t": self.head_t}
         out_s = last_stages(g_s, self.n_stages), logit_s
         out_t = last_stages(g_t, self.n_stages), logit_t
-        return loss_terms(method, self.weights, self.T, out_s, out_t, target, **known), logit_s
+        gather = ranks.gather if ranks.world > 1 else None
+        terms = loss_terms(method, self.weights, self.T, out_s, out_t, target, gather=gather, **known)
+        return terms, logit_s
 
     def init_loss(self, images: Tensor, target: Tensor, index: Tensor, out_t: Outputs) -> tuple[Tensor, Tensor | None]:
         """The same of a first stage, which has one term; no logits where it does not train the student."""
@@ -272,9 +280,8 @@ class Student:
             raise RunError(f"--deterministic: {self.name}: {str(error).splitlines()[0]}") from error
 
 
-def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return torch.stack(torch._foreach_norm(grads)).norm()
+def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def make_optimizer(params: list[nn.Parameter], lr: float, opt) -> torch.optim.Optimizer:

@@ -19,6 +19,7 @@ import torch
 from dataset import DataError
 from distiller_zoo import DistillError
 from helper.interrupt import EXIT, Interrupted, interrupt
+from helper.ranks import Lost, ranks
 from models.util import ModelError
 
 
@@ -30,13 +31,16 @@ def cli_errors(main: Callable[[], object]) -> int:
     """Call `main` as a script does -> its exit code. What cannot be done ends in one sentence, not in a traceback."""
 
     def say(what: object) -> None:
+        if not ranks.is_first_to_fail():
+            return
         line = "".join(c if c.isprintable() else " " for c in str(what))  # text of a damaged file may be in it
         print(f"{Path(sys.argv[0]).name}: {line:.5000}", file=sys.stderr)
 
     try:
         try:
             interrupt.listen()
-            results = main()
+            with ranks.joined():
+                results = main()
             return 1 if isinstance(results, list) and any(result.failed for result in results) else 0
         except BrokenPipeError:  # as of `| head`: the reader is gone; nothing may be left to flush
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -51,6 +55,9 @@ def cli_errors(main: Callable[[], object]) -> int:
                 what = "{0} were asked for, {2} of {1} are free".format(*asked.groups())
             say(f"out of memory, try a smaller --batch_size or fewer methods in one call ({what})")
             return 2
+        except Lost as error:
+            say(f"{error}: stopped; the same command continues the run from its last saved state")
+            return EXIT
         except KeyboardInterrupt:
             say("interrupted")
             return 130

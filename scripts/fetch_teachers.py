@@ -141,8 +141,8 @@ def main(argv: list[str] | None = None) -> None:
         for name, path in places.items():
             arch, n_cls, model, about = checkpoint.load_network(path, name)
             Teacher(arch, model, n_cls, about=about, path=path).check(source)
-            acc = validate(model.to(device, memory_format=torch.channels_last), loader)["acc"]
-            print(f"{name:<10}  {opt.dataset} {acc:6.2f}  published {PUBLISHED[name]:.2f}", flush=True)
+            (found,) = validate([model.to(device, memory_format=torch.channels_last)], loader)
+            print(f"{name:<10}  {opt.dataset} {found['acc']:6.2f}  published {PUBLISHED[name]:.2f}", flush=True)
 
 
 if __name__ == "__main__":

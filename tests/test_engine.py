@@ -163,7 +163,8 @@ def test_accuracy_does_not_depend_on_the_test_batch():
     images, labels = rng.integers(0, 256, (1010, 32, 32, 3), np.uint8), rng.integers(0, 5, 1010)
     model = create_model("resnet8", 5)
     found = [
-        validate(model, DeviceLoader(images, labels, size, mean=DATA.mean, std=DATA.std)) for size in (1000, 32, 1010)
+        validate([model], DeviceLoader(images, labels, size, mean=DATA.mean, std=DATA.std))[0]
+        for size in (1000, 32, 1010)
     ]
     assert found[0]["acc"] == found[1]["acc"] == found[2]["acc"]
     assert found[0]["acc_top5"] == found[1]["acc_top5"] == 100
@@ -178,7 +179,7 @@ def test_metrics_of_an_unbalanced_set(size):
     images, labels = rng.integers(0, 256, (500, 8, 8, 3), np.uint8), rng.choice(5, 500, p=[0.7, 0.2, 0.08, 0, 0.02])
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     loader = DeviceLoader(images, labels, size, mean=DATA.mean, std=DATA.std)
-    found = validate(model, loader)
+    (found,) = validate([model], loader)
     predicted = torch.cat([model(batch).argmax(1) for batch, _, _ in loader]).numpy()
     assert found["acc"] == pytest.approx(100 * accuracy_score(labels, predicted)) and 3 in predicted
     f1 = f1_score(labels, predicted, average="macro", labels=np.unique(labels))
