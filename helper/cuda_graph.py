@@ -41,10 +41,12 @@ class CudaGraph:
             if self.trouble or plan[0].size(-1) != self.batch_size:
                 step(plan)
                 return
-            if self.plan is None:
-                self.plan = tuple(part.clone() for part in plan) if isinstance(plan, tuple) else plan.clone()
-            for kept, new in zip(self.plan, plan, strict=True) if isinstance(plan, tuple) else [(self.plan, plan)]:
-                kept.copy_(new)
+            parts = plan if isinstance(plan, tuple) else (plan,)
+            if self.plan is None:  # on the device, where a streamed plan is not yet
+                kept = tuple(torch.empty_like(part, device=self.device) for part in parts)
+                self.plan = kept if isinstance(plan, tuple) else kept[0]
+            for part, new in zip(self.plan if isinstance(plan, tuple) else (self.plan,), parts, strict=True):
+                part.copy_(new, non_blocking=True)
             if self.steps == WARM_UP and not self.replay:
                 self.replay = self.capture(step)
             self.steps += 1

@@ -294,7 +294,7 @@ class TupleLoader(DeviceLoader):
 
 def test_a_plan_may_be_a_tuple(teacher, tmp_path):
     (opt, student), (_, other), graph = setting("kd", teacher, tmp_path), setting("kd", teacher, tmp_path), CpuGraph()
-    same_as = {"mean": DATA.mean, "std": DATA.std, "augment": True, "seed": 3}
+    same_as = {"mean": DATA.mean, "std": DATA.std, "augment": "crop", "seed": 3}
     loader = TupleLoader(DATA.train_images, DATA.train_labels, 4, **same_as)
     with Watched():
         train_epochs([student], teacher, opt, (1, 2), graph, loader)

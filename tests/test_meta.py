@@ -91,7 +91,7 @@ def sgd(params, lr, opt):
 
 @pytest.fixture
 def meta(monkeypatch):
-    monkeypatch.setattr(student, "sgd", sgd)
+    monkeypatch.setattr(student, "make_optimizer", sgd)
     monkeypatch.setattr(ContrastMemory, "source", lambda self: None)  # there are no generators on meta
     monkeypatch.setattr(Student, "nonfinite", lambda self: "")  # it reads the device, at the end of an epoch
 
@@ -120,7 +120,7 @@ def run(name, out, *flags):
         assert mode.steps == len(loader) * len(stages)
         with pytest.MonkeyPatch.context() as m:
             read = []
-            m.setattr(torch.Tensor, "tolist", lambda self: read.append(self) or [1.0] * len(self))
+            m.setattr(torch.Tensor, "tolist", lambda self: (self.is_meta and read.append(self)) or [1.0] * len(self))
             loops.validate([one.model], test_loader)
             assert len(read) == 1
     return mode.waits
@@ -178,8 +178,10 @@ FAULTS = {
     "after a step": instead("crd", CRD, "after_step", lambda real, self: real(self) or int(self.last[0][0])),
     "in a first stage": instead("fsp", FSP, "init_loss", lambda real, self, s, t: s[0].sum() * float(t[0].mean())),
     "in the loader": instead("none", DeviceLoader, "batch", lambda real, self, plan: real(self, plan.cpu())),
-    "before the optimizer": instead("none", student, "gradient_norm", lambda real, optimizer: real(optimizer).cpu()),
-    "in a validation": instead("none", loops, "count_hits", lambda real, *args: real(*args) * args[0].max().item()),
+    "before the optimizer": instead(
+        "none", student, "gradients", lambda real, optimizer: [g.cpu() for g in real(optimizer)]
+    ),
+    "in a validation": instead("none", loops, "tally", lambda real, *args: real(*args) * args[0].max().item()),
 }
 
 

@@ -104,7 +104,7 @@ def main():
     torch.set_default_dtype(torch.float64)  # so that nothing but the order of additions differs
     ranks.start(torch.device("cpu"))
     teacher, found = as_teacher(net, "resnet14", DATA), {}
-    loader = make_loader(DATA.train_images, DATA.train_labels, 16, augment=True, seed=3)
+    loader = make_loader(DATA.train_images, DATA.train_labels, 16, augment="crop", seed=3)
     for name in METHODS:
         found[name] = train_method(name, teacher, loader, out)
     for name in [*ACROSS, "none"]:
