@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -131,14 +132,15 @@ def tally(logit: Tensor, target: Tensor) -> Tensor:
 def summary(sums: Tensor) -> dict[str, Any]:
     """What validate() returns, from the tallies of all batches. Waits for the device."""
     n, top5, loss, *counts = sums.tolist()
-    right, actual, predicted = torch.tensor(counts, dtype=torch.float64).view(3, -1)
-    f1 = 2 * right / (actual + predicted)
+    right, actual, predicted = np.array(counts).reshape(3, -1)
+    with np.errstate(invalid="ignore"):  # of classes without images
+        recall, f1 = right / actual, 2 * right / (actual + predicted)
     return {
         "acc": 100 * float(right.sum()) / n,
         "acc_top5": 100 * top5 / n,
         "loss": loss / n,
         "macro_f1": 100 * float(f1[actual > 0].mean()),
-        "recall": (100 * right / actual).tolist(),
+        "recall": (100 * recall).tolist(),
     }
 
 

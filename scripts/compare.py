@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from distiller_zoo import BASELINE, DistillError, distiller_class, distiller_dict, method_options
-from helper.build import KD_T
+from distiller_zoo.distillation import KD_T
 from helper.options import LR, Parser, add_engine_options, parser_for
 from helper.util import RunError
 from models import create_model, default_lr, model_dict

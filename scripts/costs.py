@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from helper import checkpoint
 from helper.options import Parser, number
 from helper.util import RunError, cli_errors
-from models import create_model, is_known
+from models import create_model, runs_code
 
 WARM_UP, PASSES = 5, 30
 
@@ -68,9 +68,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     opt = parse(argv)
     networks = [
-        (name, opt.n_cls, create_model(name, opt.n_cls), {})
-        if is_known(name) or not Path(name).exists()
-        else checkpoint.load_network(Path(name), flag="--model")
+        checkpoint.load_network(Path(name), flag="--model", image_size=opt.image_size)
+        if Path(name).is_file() and not runs_code(name)
+        else (name, opt.n_cls, create_model(name, opt.n_cls, opt.image_size or 32), {})
         for name in opt.networks
     ]
     print("| network | classes | pixels | parameters | MACs (M) | CPU latency (ms, 1 image, 1 thread) |")

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import io
 import json
-import re
 import sys
 import warnings
 from copy import deepcopy
@@ -23,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from helper import checkpoint
-from helper.options import Parser, named, number
+from helper.options import Parser, network, number
 from helper.util import RunError, cli_errors
-from models import model_dict
+from models import file_name
+from models.external import External
 from scripts.costs import costs
 
 SUFFIXES = {"state_dict": "pth", "safetensors": "safetensors", "onnx": "onnx"}
@@ -141,7 +141,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("checkpoint", type=Path, metavar="CKPT", help="a checkpoint of ours or of another program")
     add("--format", nargs="+", choices=SUFFIXES, default=["state_dict"], help="formats to write (state_dict)")
     add("--output", type=Path, metavar="DIR", help="folder for the files (CKPT's name and _export, beside it)")
-    add("--model", **named("network", model_dict), help="the network (the one that the weights fit)")
+    add("--model", type=network, metavar="NAME", help="the network (the one that the weights fit)")
     add("--part", help="key or prefix of the weights in CKPT, where it holds several networks")
     add("--image_size", type=number(int, 8, 1024), help="height and width of the images (as in training, or 32)")
     return parser.parse_args(argv)
@@ -151,9 +151,10 @@ def main(argv: list[str] | None = None) -> None:
     opt = parse(argv)
     if "onnx" in opt.format and (missing := [name for name in ("onnx", "onnxscript") if not find_spec(name)]):
         raise RunError(f"--format onnx: needs {' and '.join(missing)} ({INSTALL})")
-    arch, n_cls, net, about = checkpoint.load_network(opt.checkpoint, opt.model, "--model", opt.part)
+    found = checkpoint.load_network(opt.checkpoint, opt.model, "--model", opt.part, image_size=opt.image_size)
+    arch, n_cls, net, about = found
     mean, std = about.get("mean"), about.get("std")
-    if hasattr(net, "net") and hasattr(net, "mean"):  # the adapter of a foreign network
+    if isinstance(net, External):
         mean, std, net = net.mean or mean, net.std or std, net.net
     folder, size = opt.checkpoint.parent, opt.image_size or about.get("image_size", 32)
     cost = costs(net, size)
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise RunError(f"{folder}: config.json or metrics.jsonl in it is damaged ({error!r})") from error
 
-    files, rows, code, name = {}, [], [], re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(arch).name)
+    files, rows, code, name = {}, [], [], file_name(arch)
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     for layout in dict.fromkeys(opt.format):
         file, content = f"{name}.{SUFFIXES[layout]}", encode(net, layout, images)

@@ -73,10 +73,14 @@ class Constants(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def is_ours(file):
+    return file != __file__ and Path(file).is_relative_to(ROOT) and "site-packages" not in file
+
+
 def caller():
     """File and function of the project that called."""
     frame = sys._getframe(2)
-    while frame.f_code.co_filename == __file__ or not Path(frame.f_code.co_filename).is_relative_to(ROOT):
+    while not is_ours(frame.f_code.co_filename):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).relative_to(ROOT).as_posix()}:{frame.f_code.co_name}"
 
