@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -212,10 +213,10 @@ class TapeGraph:
     """torch.cuda.CUDAGraph on a CPU. One has done nothing when it is captured; a tape has run once."""
 
     def __init__(self):
-        self.tape, self.replays = Tape(), 0
+        self.tape, self.replays, self.generators = Tape(), 0, []
 
     def register_generator_state(self, generator):
-        pass
+        self.generators.append(generator)
 
     def replay(self):
         if self.replays:
@@ -225,11 +226,13 @@ class TapeGraph:
 
 @contextmanager
 def tape_graph(graph, stream):
-    """torch.cuda.graph on a CPU: what failed within a capture fails again at its end, with another error."""
+    """torch.cuda.graph on a CPU, of torch 2.11: a failed capture fails again at its end, and spoils the generators."""
     try:
         with graph.tape:
             yield
     except RuntimeError:
+        for generator in (*graph.generators, *torch.cuda.default_generators):
+            generator.set_state("capturing")
         raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
 
 
@@ -311,18 +314,19 @@ def test_what_cannot_be_captured_runs_eagerly(name, teacher, tmp_path, capsys, m
     assert not graph.replay and student.meters.steps == 5
 
 
-class Spoiled:
-    """A CUDA generator: a failed capture leaves its state unusable."""
+class CudaGenerator:
+    """What is asked of a torch.Generator of CUDA."""
 
     def __init__(self):
-        self.state = "usable"
+        self.set_state("usable")
+
+    def set_state(self, state):
+        self.state = state
 
     def clone_state(self):
-        before, self.state = self.state, "capturing"
-        return before
+        return self.state
 
-    def graphsafe_set_state(self, state):
-        self.state = state
+    graphsafe_set_state = set_state
 
 
 def test_after_a_failed_capture(teacher, tmp_path, capsys, monkeypatch):
@@ -330,11 +334,13 @@ def test_after_a_failed_capture(teacher, tmp_path, capsys, monkeypatch):
     opt, kd = setting("kd", teacher, tmp_path)
     _, failing = setting("attention", teacher, tmp_path)
     monkeypatch.setattr(distiller_dict["attention"], "forward", waits)
-    own, others = Spoiled(), [Spoiled(), Spoiled()]
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+    own, others = CudaGenerator(), [CudaGenerator(), CudaGenerator()]
     failing.distiller.generators = lambda: [own]
     graph = CpuGraph(others)
     train_epochs([failing], teacher, opt, (1,), graph)
     assert not graph.replay and {each.state for each in (own, *others)} == {"usable"}
+    assert graph.made[0].generators == [own]
     train_epochs([kd], teacher, opt, (1, 2), graph)
     assert [made.replays for made in graph.made] == [0, 5] and kd.meters.steps == 5
     assert capsys.readouterr().out.count("not captured as a CUDA graph") == 1
