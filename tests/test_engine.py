@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 from torch import nn
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -233,10 +234,10 @@ class TapeGraph:
     """torch.cuda.CUDAGraph on a CPU. One has done nothing when it is captured; a tape has run once."""
 
     def __init__(self):
-        self.tape, self.replays = Tape(), 0
+        self.tape, self.replays, self.generators = Tape(), 0, []
 
     def register_generator_state(self, generator):
-        pass
+        self.generators.append(generator)
 
     def replay(self):
         if self.replays:
@@ -246,11 +247,13 @@ class TapeGraph:
 
 @contextmanager
 def tape_graph(graph, stream):
-    """torch.cuda.graph on a CPU: what failed within a capture fails again at its end, with another error."""
+    """torch.cuda.graph on a CPU, of torch 2.11: a failed capture fails again at its end, and spoils the generators."""
     try:
         with graph.tape:
             yield
     except RuntimeError:
+        for generator in (*graph.generators, *torch.cuda.default_generators):
+            generator.set_state("capturing")
         raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
 
 
@@ -332,18 +335,19 @@ def test_what_cannot_be_captured_runs_eagerly(name, teacher, tmp_path, capsys, m
     assert not graph.replay and student.meters.steps == 5
 
 
-class Spoiled:
-    """A CUDA generator: a failed capture leaves its state unusable."""
+class CudaGenerator:
+    """What is asked of a torch.Generator of CUDA."""
 
     def __init__(self):
-        self.state = "usable"
+        self.set_state("usable")
+
+    def set_state(self, state):
+        self.state = state
 
     def clone_state(self):
-        before, self.state = self.state, "capturing"
-        return before
+        return self.state
 
-    def graphsafe_set_state(self, state):
-        self.state = state
+    graphsafe_set_state = set_state
 
 
 def test_after_a_failed_capture(teacher, tmp_path, capsys, monkeypatch):
@@ -351,11 +355,13 @@ def test_after_a_failed_capture(teacher, tmp_path, capsys, monkeypatch):
     opt, kd = setting("kd", teacher, tmp_path)
     _, failing = setting("attention", teacher, tmp_path)
     monkeypatch.setattr(distiller_dict["attention"], "forward", waits)
-    own, others = Spoiled(), [Spoiled(), Spoiled()]
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
+    own, others = CudaGenerator(), [CudaGenerator(), CudaGenerator()]
     failing.distiller.generators = lambda: [own]
     graph = CpuGraph(others)
     train_epochs([failing], teacher, opt, (1,), graph)
     assert not graph.replay and {each.state for each in (own, *others)} == {"usable"}
+    assert graph.made[0].generators == [own]
     train_epochs([kd], teacher, opt, (1, 2), graph)
     assert [made.replays for made in graph.made] == [0, 5] and kd.meters.steps == 5
     assert capsys.readouterr().out.count("not captured as a CUDA graph") == 1
