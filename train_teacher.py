@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from distiller_zoo import BASELINE
-from helper.build import build, load_source, make_loaders, new_model, set_up
+from helper.build import build, load_source, make_loaders, new_model, set_up, teacher_folder
 from helper.loops import Result, fit
 from helper.options import add_engine_options, finish, named, parser_for, trial
 from helper.run import opened
@@ -27,9 +27,8 @@ def main(argv: list[str] | None = None) -> list[Result]:
     device = set_up(opt)
     source = load_source(opt)
     train_loader, test_loader, val_loader = make_loaders(source, opt, device)
-    name = f"{opt.model}_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_trial_{opt.trial}"
-    model, folder = new_model(opt.model, source, opt), opt.output / "models" / name
-    student = build(BASELINE, opt.model, model, folder, opt, source, device, role="teacher")
+    model = new_model(opt.model, source, opt)
+    student = build(BASELINE, opt.model, model, teacher_folder(opt), opt, source, device, role="teacher")
     with opened([student.run]):
         results = fit([student], Teacher(), train_loader, test_loader, val_loader, opt)
     print(*results, sep="\n")

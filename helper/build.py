@@ -114,14 +114,23 @@ def build_students(
         if published:
             said = ", ".join(f"{key} {value:g}" for key, value in published.items())
             print(f"{method}: published for {teacher.arch} -> {opt.model_s}: {said}")
-        w = {"gamma": 0, "alpha": 0, "beta": 0, **weights_of(method, opt, published)}
-        folder = (
-            f"S_{opt.model_s}_T_{teacher.arch}_{opt.dataset}_{method}"
-            f"_r_{w['gamma']:g}_a_{w['alpha']:g}_b_{w['beta']:g}_{opt.trial}"
-        )
-        folder, model = opt.output / "student_model" / folder, new_model(opt.model_s, source, opt)
+        folder = student_folder(method, weights_of(method, opt, published), teacher.arch, opt)
+        model = new_model(opt.model_s, source, opt)
         students.append(build(method, opt.model_s, model, folder, opt, source, device, teacher))
     return students
+
+
+def student_folder(method: str, weights: dict[str, float], arch_t: str, opt: argparse.Namespace) -> Path:
+    """The folder of a student's run; weights: those that the method has of gamma, alpha and beta."""
+    w = {"gamma": 0, "alpha": 0, "beta": 0, **weights}
+    name = f"S_{opt.model_s}_T_{arch_t}_{opt.dataset}_{method}_r_{w['gamma']:g}_a_{w['alpha']:g}_b_{w['beta']:g}"
+    return opt.output / "student_model" / f"{name}_{opt.trial}"
+
+
+def teacher_folder(opt: argparse.Namespace) -> Path:
+    """The folder of a teacher's run."""
+    name = f"{opt.model}_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_trial_{opt.trial}"
+    return opt.output / "models" / name
 
 
 def settings_of(method: str, opt: argparse.Namespace, teacher: Teacher) -> dict[str, float]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again
+IN_USE = 73  # EX_CANTCREAT: another process holds the run's folder
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # schedulers warn by the last two; Windows has two
 
 

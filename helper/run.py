@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from helper import checkpoint
-from helper.util import RunError, code_version, versions
+from helper.util import InUse, RunError, code_version, versions
 
 # How far a run has got: whole epochs of the first and of the main stage, steps of the next one; and what it reached.
 PROGRESS = ("init_epoch", "epoch", "step", "last", "best", "best_epoch", "chosen", "chosen_val", "chosen_epoch")
@@ -47,7 +47,7 @@ class Run:
     def find(self, mode: str) -> dict | None:
         """State of an earlier part of this run in its folder -> None if there is none.
 
-        mode: 'never' takes a new folder instead. Raises RunError if the folder is in use or holds another run.
+        mode: 'never' takes a new folder instead. Raises InUse, or RunError if the folder holds another run.
         """
         if mode == "never":
             names = chain([self.folder], (self.folder.with_name(f"{self.folder.name}_{n}") for n in count(2)))
@@ -57,16 +57,12 @@ class Run:
             return None
         try:
             config = json.loads(checkpoint.read_text(path))
-            before, parts, epochs = self.identity(config), list(config["parts"]), int(config["opt"]["epochs"])
+            parts, epochs, _ = list(config["parts"]), int(config["opt"]["epochs"]), self.identity(config)
             holder = f"process {parts[-1]['pid']} on {parts[-1]['host']}" if "pid" in parts[-1] else "another process"
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise RunError(f"{path}: damaged ({error}): choose another --trial or --output") from error
         self.lock = lock(self.folder, holder)  # before the state is read
-        now = self.identity(json.loads(json.dumps(self.config)))
-        # what an older version did not write is not compared
-        differ = [
-            f"{key}: {before[key]} there, {now[key]} here" for key in now if before.get(key, now[key]) != now[key]
-        ]
+        differ = self.differences(config)
         if differ:
             raise RunError(
                 f"{self.folder} holds a run with other options ({'; '.join(differ)}): choose another --trial"
@@ -162,6 +158,11 @@ class Run:
         options = {key: value for key, value in config["opt"].items() if key not in self.free}
         return {**options, **{key: value for key, value in config.items() if key not in NOT_COMPARED}}
 
+    def differences(self, config: dict) -> list[str]:
+        """In what another config.json describes another run; what an older version did not write is not compared."""
+        before, now = self.identity(config), self.identity(json.loads(json.dumps(self.config)))
+        return [f"{key}: {before[key]} there, {now[key]} here" for key in now if before.get(key, now[key]) != now[key]]
+
     def sha256(self) -> str:
         """Digest of everything that the run's numbers depend on."""
         return hashlib.sha256(json.dumps(self.identity(self.config), sort_keys=True).encode()).hexdigest()
@@ -180,10 +181,10 @@ def opened(runs: Sequence[Run]) -> Iterator[None]:
 
 
 def lock(folder: Path, holder: str = "another process") -> FileLock:
-    """Lock a folder until release(), or until the process ends. Raises RunError if it is in use."""
+    """Lock a folder until release(), or until the process ends. Raises InUse if another holds it."""
     held = FileLock(folder / ".lock", timeout=0)
     try:
         held.acquire()
     except Timeout:
-        raise RunError(f"{folder} is in use by {holder}") from None
+        raise InUse(f"{folder} is in use by {holder}") from None
     return held

@@ -17,12 +17,16 @@ import torch
 
 from dataset import DataError
 from distiller_zoo import DistillError
-from helper.interrupt import EXIT, Interrupted, interrupt
+from helper.interrupt import EXIT, IN_USE, Interrupted, interrupt
 from models.util import ModelError
 
 
 class RunError(ValueError):
     """A run cannot be started or go on; the message is one sentence for the user."""
+
+
+class InUse(RunError):
+    """Another process writes into the folder."""
 
 
 def cli_errors(main: Callable[[], object]) -> int:
@@ -42,7 +46,7 @@ def cli_errors(main: Callable[[], object]) -> int:
             return 128 + signal.SIGPIPE
         except (RunError, DataError, DistillError, ModelError, OSError) as error:  # OSError: a full disk, for one
             say(error)
-            return 2
+            return IN_USE if isinstance(error, InUse) else 2
         except torch.OutOfMemoryError as error:
             say(f"out of memory, try a smaller --batch_size or fewer methods at once ({str(error).splitlines()[0]})")
             return 2

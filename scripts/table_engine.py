@@ -1,0 +1,184 @@
+"""Where a table's tasks run: threads of this process, or a Ray cluster. Both start the scripts as processes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+
+from helper.interrupt import interrupt
+from helper.util import RunError
+
+ROOT = Path(__file__).resolve().parent.parent
+POLL = 0.2  # seconds
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+
+
+def run_command(command: list[str], cwd: str, log: Path, env: dict[str, str], stop: threading.Event | None = None) -> int:
+    """Run a script of this repository -> its exit code. Its output is appended to log.
+
+    When `stop` is set, when Ray cancels the task or when this process dies, the script gets SIGTERM: it saves and ends.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here, as little may be done after a fork
+    term = int(signal.SIGTERM)
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, **env, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    with open(log, "ab") as out:
+        out.write(f"$ {shlex.join(['python', *command])}\n".encode())
+        out.flush()
+        child = subprocess.Popen(
+            [sys.executable, ROOT / command[0], *command[1:]],
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ray gives a process group 0.25 s to end, too short to save
+            preexec_fn=libc and (lambda: libc.prctl(PR_SET_PDEATHSIG, term)),
+        )
+    try:
+        while child.poll() is None and not (stop and stop.is_set()):
+            time.sleep(POLL)  # not wait(), which ray.cancel() cannot interrupt
+    finally:
+        if child.poll() is None:
+            child.terminate()
+        code = child.wait()
+    return code
+
+
+class Threads:
+    """Up to `jobs` scripts at once on this machine, each with its share of the GPUs."""
+
+    def __init__(self, jobs: int | None, gpus_per_job: float | None, use_gpus: bool):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        n = torch.cuda.device_count() if use_gpus else 0
+        gpus = visible.split(",")[:n] if visible else [str(i) for i in range(n)]
+        per_job = min(n, 1) if gpus_per_job is None else gpus_per_job
+        if per_job > n:
+            raise RunError(f"--gpus_per_job {per_job:g}: this machine has {n}")
+        shares = gpus * int(1 / per_job + 1e-9) if 0 < per_job < 1 else gpus
+        if per_job > 1:
+            size = int(per_job)
+            shares = [",".join(gpus[i : i + size]) for i in range(0, n - size + 1, size)]
+        self.jobs = jobs or (len(shares) if per_job else 1)
+        if per_job and self.jobs > len(shares):
+            raise RunError(f"--jobs {self.jobs}: with {per_job:g} GPUs each, this machine has enough for {len(shares)}")
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))}
+        self.shares: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for i in range(self.jobs):
+            self.shares.put({**threads, **({"CUDA_VISIBLE_DEVICES": shares[i]} if per_job else {})})
+        self.pool, self.stopped = ThreadPoolExecutor(self.jobs), threading.Event()
+
+    def capacity(self) -> int:
+        """Tasks that can run at once."""
+        return self.jobs
+
+    def lost(self, error: BaseException) -> bool:
+        return False  # the workers are threads of this process
+
+    def submit(self, command: list[str], log: Path) -> Future[int]:
+        return self.pool.submit(self._run, command, log)
+
+    def _run(self, command: list[str], log: Path) -> int:
+        share = self.shares.get()
+        try:
+            return run_command(command, os.getcwd(), log, share, self.stopped)
+        finally:
+            self.shares.put(share)
+
+    def stop(self) -> None:
+        """End what runs, saved."""
+        self.stopped.set()
+        self.pool.shutdown(cancel_futures=True)
+
+
+class Ray:
+    """Tasks of a Ray cluster; address: 'local' starts one on this machine, 'auto' is the one that runs here."""
+
+    def __init__(self, address: str, jobs: int | None, gpus_per_job: float | None, use_gpus: bool, folder: Path):
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if port.isdecimal():
+            try:
+                socket.create_connection((host, int(port)), timeout=5).close()  # Ray takes 20 s, and a traceback
+            except OSError as error:
+                raise RunError(f"--address {address}: no answer ({error})") from error
+        terminal = os.dup(2)
+        os.dup2(os.open(folder / "ray.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
+        try:
+            import ray
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+            local = {"include_dashboard": False} if address == "local" else {}
+            ray.init(address, log_to_driver=False, **local)
+        except ImportError as error:
+            raise RunError("--address: Ray is missing, pip install -r requirements-cluster.txt") from error
+        except Exception as error:  # Ray raises a dozen kinds
+            raise RunError(f"--address {address}: {' '.join(str(error).split())}") from error
+        finally:
+            sys.stderr = os.fdopen(terminal, "w", buffering=1)  # ours; the messages of Ray's C++ go on to ray.log
+        interrupt.listen()  # ray.init() has replaced the handler of SIGTERM
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers import nothing of ours
+        self.ray, self.jobs, self.refs = ray, jobs, {}
+        most = max((node["Resources"].get("GPU", 0) for node in self.nodes()), default=0) if use_gpus else 0
+        self.per_job = min(most, 1) if gpus_per_job is None else gpus_per_job
+        if self.per_job > most:
+            raise RunError(f"--gpus_per_job {self.per_job:g}: no node has more than {most:g}")
+        token = folder / f"token-{uuid.uuid4().hex}"
+        token.touch()
+        try:
+            for node in self.nodes():
+                where, name = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False), node["NodeManagerAddress"]
+                look = ray.remote(num_cpus=0, scheduling_strategy=where)(unseen)
+                try:
+                    missing = ray.get(look.remote([os.getcwd(), ROOT, token.absolute()]), timeout=60)
+                except ray.exceptions.RayError as error:
+                    raise RunError(f"node {name} does not answer ({type(error).__name__})") from error
+                if missing:
+                    raise RunError(f"node {name} does not see {missing}: all nodes must share --output and the code")
+        finally:
+            token.unlink()
+        self.remote = ray.remote(num_cpus=1, num_gpus=self.per_job, max_retries=0)(run_command)
+
+    def nodes(self) -> list[dict]:
+        return [node for node in self.ray.nodes() if node["Alive"]]
+
+    def capacity(self) -> int:
+        """Tasks that can run at once, on the nodes that there are now."""
+        key, share = ("GPU", self.per_job) if self.per_job else ("CPU", 1)
+        there = sum(int(node["Resources"].get(key, 0) / share + 1e-9) for node in self.nodes())
+        return min(self.jobs or there, there)
+
+    def submit(self, command: list[str], log: Path) -> Future[int]:
+        ref = self.remote.remote(command, os.getcwd(), log.absolute(), {})
+        future = ref.future()
+        self.refs[future] = ref
+        return future
+
+    def lost(self, error: BaseException) -> bool:
+        """Whether an error means that the worker or its node has died, not that the task has failed."""
+        return isinstance(error, self.ray.exceptions.RayError) and not isinstance(error, self.ray.exceptions.RayTaskError)
+
+    def stop(self) -> None:
+        """End what runs, saved."""
+        running = {future: ref for future, ref in self.refs.items() if not future.done()}
+        for ref in running.values():
+            self.ray.cancel(ref)
+        wait(running)
+        self.ray.shutdown()
+
+
+def unseen(paths: list[Path]) -> str:
+    """The first of some paths that this node does not see; '' if it sees all."""
+    return next((str(path) for path in paths if not path.exists()), "")
