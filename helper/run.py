@@ -52,27 +52,46 @@ class Run:
         if mode == "never":
             names = chain([self.folder], (self.folder.with_name(f"{self.folder.name}_{n}") for n in count(2)))
             self.folder = next(folder for folder in names if not folder.exists())
+        parts = self.check()
+        if not parts:
+            return None
+        last = parts[-1]
+        self.lock = lock(
+            self.folder, f"process {last['pid']} on {last.get('host')}" if "pid" in last else "another process"
+        )
+        if not (self.folder / "resume.pth").exists():
+            return None
+        self.parts = parts
+        return checkpoint.load(self.folder / "resume.pth")
+
+    def check(self) -> list[dict]:
+        """The parts of the run in the folder; none if there is none. Raises RunError if it is another run."""
         path = self.folder / "config.json"
         if not path.exists():
-            return None
+            return []
         try:
             config = json.loads(checkpoint.read_text(path))
-            parts, epochs, _ = list(config["parts"]), int(config["opt"]["epochs"]), self.identity(config)
-            holder = f"process {parts[-1]['pid']} on {parts[-1]['host']}" if "pid" in parts[-1] else "another process"
+            before, epochs, parts = (
+                self.identity(config),
+                int(config["opt"]["epochs"]),
+                list(map(dict, config["parts"])),
+            )
+            if not parts:
+                raise ValueError("no parts")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise RunError(f"{path}: damaged ({error}): choose another --trial or --output") from error
-        self.lock = lock(self.folder, holder)  # before the state is read
-        differ = self.differences(config)
+        now = self.identity(json.loads(json.dumps(self.config)))
+        # what an older version did not write is not compared
+        differ = [
+            f"{key}: {before[key]} there, {now[key]} here" for key in now if before.get(key, now[key]) != now[key]
+        ]
         if differ:
             raise RunError(
                 f"{self.folder} holds a run with other options ({'; '.join(differ)}): choose another --trial"
             )
         if epochs > self.config["opt"]["epochs"]:
             raise RunError(f"{self.folder} holds a run of {epochs} epochs: --epochs may be raised, not lowered")
-        if not (self.folder / "resume.pth").exists():
-            return None
-        self.parts = parts
-        return checkpoint.load(self.folder / "resume.pth")
+        return parts
 
     def restore(self, state: dict) -> None:
         for name in PROGRESS:
@@ -157,11 +176,6 @@ class Run:
         """What must be the same in all parts of a run."""
         options = {key: value for key, value in config["opt"].items() if key not in self.free}
         return {**options, **{key: value for key, value in config.items() if key not in NOT_COMPARED}}
-
-    def differences(self, config: dict) -> list[str]:
-        """In what another config.json describes another run; what an older version did not write is not compared."""
-        before, now = self.identity(config), self.identity(json.loads(json.dumps(self.config)))
-        return [f"{key}: {before[key]} there, {now[key]} here" for key in now if before.get(key, now[key]) != now[key]]
 
     def sha256(self) -> str:
         """Digest of everything that the run's numbers depend on."""

@@ -1,9 +1,11 @@
-"""Where a table's tasks run: threads of this process, or a Ray cluster. Both start the scripts as processes."""
+"""How a table's tasks run: by threads of this process or by a Ray cluster. Both start the scripts as processes."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -12,21 +14,75 @@ import sys
 import threading
 import time
 import uuid
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from queue import SimpleQueue
+from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
-from helper.interrupt import interrupt
+from helper.interrupt import EXIT, IN_USE, interrupt
 from helper.util import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL = 0.2  # seconds
+TRIES = 3  # of a task that fails
+LAST = 5  # lines of its log that are shown
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
-def run_command(command: list[str], cwd: str, log: Path, env: dict[str, str], stop: threading.Event | None = None) -> int:
+class Cell(NamedTuple):
+    """One run of the table."""
+
+    pair: str  # a teacher's own run has its name here
+    method: str
+    trial: str
+    folder: Path
+    epochs: int
+    file: str = "*_last.pth"  # what the run leaves
+
+    def is_done(self) -> bool:
+        if not any(self.folder.glob(self.file)):
+            return False
+        return not self.epochs or last_epoch(self.folder / "metrics.jsonl") >= self.epochs
+
+
+def last_epoch(path: Path) -> int:
+    try:
+        return json.loads(path.read_bytes().splitlines()[-1]).get("epoch", 0)
+    except (OSError, LookupError, ValueError, AttributeError):  # none yet, or cut off by a kill
+        return 0
+
+
+@dataclass(eq=False)
+class Task:
+    """Runs that are trained in one call of a script, once another task is done."""
+
+    name: str
+    cells: list[Cell]
+    command: Callable[[list[str]], list[str]]  # for the methods that are left
+    after: Task | None = None
+    tries: int = 0
+    not_before: float = 0.0
+    failed: str = ""  # why it was given up
+
+    def left(self) -> list[Cell]:
+        return [cell for cell in self.cells if not cell.is_done()]
+
+    def args(self) -> list[str]:
+        return self.command([cell.method for cell in self.left()])
+
+    def log(self, folder: Path) -> Path:
+        return folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', self.name)}.log"
+
+
+def run_command(
+    command: list[str], cwd: str, log: Path, env: dict[str, str], stop: threading.Event | None = None
+) -> int:
     """Run a script of this repository -> its exit code. Its output is appended to log.
 
     When `stop` is set, when Ray cancels the task or when this process dies, the script gets SIGTERM: it saves and ends.
@@ -74,8 +130,10 @@ class Threads:
             shares = [",".join(gpus[i : i + size]) for i in range(0, n - size + 1, size)]
         self.jobs = jobs or (len(shares) if per_job else 1)
         if per_job and self.jobs > len(shares):
-            raise RunError(f"--jobs {self.jobs}: with {per_job:g} GPUs each, this machine has enough for {len(shares)}")
-        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))}
+            raise RunError(f"--jobs {self.jobs}: with {per_job:g} GPUs each, there are enough for {len(shares)}")
+        threads = {
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
+        }
         self.shares: SimpleQueue[dict[str, str]] = SimpleQueue()
         for i in range(self.jobs):
             self.shares.put({**threads, **({"CUDA_VISIBLE_DEVICES": shares[i]} if per_job else {})})
@@ -168,7 +226,9 @@ class Ray:
 
     def lost(self, error: BaseException) -> bool:
         """Whether an error means that the worker or its node has died, not that the task has failed."""
-        return isinstance(error, self.ray.exceptions.RayError) and not isinstance(error, self.ray.exceptions.RayTaskError)
+        return isinstance(error, self.ray.exceptions.RayError) and not isinstance(
+            error, self.ray.exceptions.RayTaskError
+        )
 
     def stop(self) -> None:
         """End what runs, saved."""
@@ -182,3 +242,74 @@ class Ray:
 def unseen(paths: list[Path]) -> str:
     """The first of some paths that this node does not see; '' if it sees all."""
     return next((str(path) for path in paths if not path.exists()), "")
+
+
+def work(tasks: list[Task], engine: Threads | Ray, folder: Path) -> None:
+    """Run all tasks that are not done. Raises Interrupted, with all runs saved, after a signal."""
+    waiting, running = [task for task in tasks if task.left()], {}
+    n_cells, n_left = (sum(map(len, lists)) for lists in ([task.cells for task in tasks], [t.left() for t in waiting]))
+    bar = tqdm(total=n_cells, initial=n_cells - n_left, unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    with bar, interrupt.deferred():
+        try:
+            while waiting or running:
+                interrupt.check()
+                for task in [task for task in waiting if task.after and task.after.failed]:
+                    give_up(task, "its teacher failed", folder)
+                waiting = [task for task in waiting if not task.failed]
+                busy = {task for task, _ in running.values()}
+                ready = [
+                    task
+                    for task in waiting
+                    if time.monotonic() >= task.not_before
+                    and not (task.after and (task.after in busy or task.after in waiting))
+                ]
+                for task in ready[: max(0, engine.capacity() - len(running))]:
+                    waiting.remove(task)
+                    note(folder, "start", task)
+                    running[engine.submit(task.args(), task.log(folder))] = task, len(task.left())
+                ended, _ = wait(running, timeout=POLL, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    task, before = running.pop(future)
+                    settle(task, future, engine, folder)
+                    bar.update(before - len(task.left()))
+                    if task.left() and not task.failed:
+                        waiting.append(task)
+                n_failed = sum(bool(task.failed) for task in tasks)
+                bar.set_postfix_str(f"{len(running)} tasks run, {n_failed} failed", refresh=bool(ended))
+        finally:
+            bar.set_postfix_str("saving what runs")
+            engine.stop()
+
+
+def settle(task: Task, future: Future[int], engine: Threads | Ray, folder: Path) -> None:
+    """What the end of a process means: its runs' folders say what is done, its exit code what may be tried again."""
+    error = future.exception()
+    code, said = (None, f"{type(error).__name__}: {error}") if error else (future.result(), "")
+    if not task.left():
+        note(folder, "done", task)
+        tqdm.write(f"done: {task.name}")
+    elif code in (EXIT, IN_USE) or (error and engine.lost(error)):
+        note(folder, "again", task, code=code, error=said)
+        task.not_before = time.monotonic() + (5 if code == IN_USE else 1)
+    else:
+        task.tries += 1
+        if code == 2 or task.tries == TRIES:
+            give_up(task, said or f"exit code {code}", folder)
+        else:
+            note(folder, "again", task, code=code, error=said)
+
+
+def give_up(task: Task, why: str, folder: Path) -> None:
+    task.failed = why
+    note(folder, "failed", task, error=why)
+    log = task.log(folder)
+    lines = log.read_bytes()[-4000:].decode(errors="replace").splitlines()[-LAST:] if log.exists() else []
+    names = ", ".join(cell.method for cell in task.left())
+    tqdm.write("\n".join([f"failed: {task.name} ({names}): {why}; log {log}", *(f"    {line}" for line in lines)]))
+
+
+def note(folder: Path, event: str, task: Task, **about: object) -> None:
+    """A line of events.jsonl. Nothing depends on it."""
+    line = {"time": datetime.now().isoformat(timespec="seconds"), "event": event, "task": task.name, **about}
+    with open(folder / "events.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
