@@ -308,9 +308,7 @@ def estimate(plan: Plan) -> str:
     left = {task: len(task.left()) for task in plan.tasks}
     pairs = {task.cells[0].pair for task, n in left.items() if n}
     nets, size = {pair: nets for pair, nets in plan.nets.items() if pair in pairs}, plan.source.train_images.shape[1]
-    if not nets:
-        return "nothing to do"
-    opt = next(iter(nets.values()))[2]
+    opt = next(iter(plan.nets.values()))[2]
     device = choose_device(opt.device)
     if device.type == "cuda":  # in a process of its own: this one would hold memory of the GPU to the end
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -319,36 +317,31 @@ def estimate(plan: Plan) -> str:
         seconds = time_steps(nets, size)
     total = 0.0
     for task, n in left.items():
-        forward, step = seconds.get(task.cells[0].pair, (0, 0))  # a teacher's training is little beside its students'
+        forward, step = seconds.get(task.cells[0].pair, (0, 0))  # training a teacher takes little beside its students
         total += n and (forward + n * step) * task.cells[0].epochs
     hours = total * math.ceil(len(plan.source.train_labels) / opt.batch_size) / 3600
-    return f"about {hours:.2g} hours of one task at a time on this {device.type}, by timing steps of kd for each pair"
+    said = f"{hours:.1f} hours" if hours >= 2 else f"{60 * hours:.0f} minutes"
+    return f"about {said} of one task at a time on this {device.type}, by timing a step of KD for each pair"
 
 
-def time_steps(nets: dict[str, tuple], size: int) -> dict[str, tuple[float, float]]:
-    """Seconds of a teacher's forward pass, and of a student's step of KD, for each pair."""
+def time_steps(nets: dict[str, tuple], size: int) -> dict[str, list[float]]:
+    """Seconds of a teacher's forward pass and of a student's step of KD, for each pair."""
     seconds = {}
     for pair, (teacher, student, opt) in nets.items():
-        device = choose_device(opt.device)
-        images = torch.rand(opt.batch_size, 3, size, size, device=device)
-        teacher, student = (net.to(device, memory_format=memory_format(opt)) for net in (teacher, student))
-        times = []
+        device, times = choose_device(opt.device), []
+        images = torch.rand(opt.batch_size, 3, size, size, device=device).to(memory_format=memory_format(opt))
         for net, train in ((teacher, False), (student, True)):
-            net.train(train)
-            for i in range(5):
-                if i == 2:  # after two that warm up
-                    torch.cuda.synchronize(device) if device.type == "cuda" else None
-                    start = time.perf_counter()
-                with (
-                    torch.set_grad_enabled(train),
-                    torch.autocast(device.type, torch.bfloat16, opt.precision != "fp32"),
-                ):
+            net.to(device, memory_format=memory_format(opt)).train(train)
+            for _ in range(5):
+                start = time.perf_counter()
+                half = torch.autocast(device.type, torch.bfloat16, opt.precision != "fp32")
+                with torch.set_grad_enabled(train), half:
                     logit = net(images)
                 if train:
                     kd_loss(logit.float(), logit.detach().float().roll(1, 0), 4.0).backward()
-            logit.sum().item()  # waits for the device
-            times.append((time.perf_counter() - start) / 3)
-        seconds[pair] = tuple(times)
+                logit.sum().item()  # waits for the device
+                times.append(time.perf_counter() - start)
+        seconds[pair] = [min(times[:5]), min(times[5:])]
     return seconds
 
 
