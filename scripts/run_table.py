@@ -26,9 +26,11 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from difflib import get_close_matches
+from functools import partial
+from itertools import product
 from multiprocessing import get_context
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -38,7 +40,7 @@ from torch import nn
 
 import train_student
 import train_teacher
-from dataset import DataSource
+from dataset import DataError, DataSource
 from distiller_zoo import DistillError, distiller_class, distiller_dict, kd_loss, method_options
 from helper import checkpoint
 from helper.build import (
@@ -56,7 +58,7 @@ from helper.run import Run, lock
 from helper.student import Teacher
 from helper.util import InUse, RunError, choose_device, cli_errors
 from scripts import fetch_teachers
-from scripts.table_engine import ROOT, Cell, Ray, Task, Threads, work
+from scripts.table_engine import ROOT, Cell, Ray, Task, Threads, stderr_to, work
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -178,109 +180,89 @@ class Plan(NamedTuple):
 
 def make_plan(opt: argparse.Namespace) -> Plan:
     """Tasks for all runs, finished or not. Raises RunError if a folder holds a run with other options."""
-    parsed = {pair: student_options(opt, pair, 1) for pair in opt.pairs}  # all are checked before data is fetched
-    first = next(iter(parsed.values()))
-    source = stand_in(first) if opt.dry_run else load_source(first)
-    plan = Plan([], {}, {}, source, first.free - {*WEIGHTS, "kd_T"})
-    archs = dict.fromkeys(arch for arch, _ in opt.pairs.values())
-    makers = plan_teachers(opt, archs, first.output, source)
-    plan.tasks.extend(dict.fromkeys(task for task, _ in makers.values() if task))
-    teachers = {arch: find_teacher(arch, *makers[arch], first, source) for arch in archs}
-    students = []
+    # wrong options and names end here, before any data is fetched
+    first = train_student.parse(["--path_t", "x", *flags(opt.options), "--distill", *opt.distill])
+    parsed = {pair: train_student.parse(student_argv(opt, pair, 1, Path("x"), opt.distill)) for pair in opt.pairs}
+    try:
+        source = load_source(argparse.Namespace(**{**vars(first), "download": first.download and not opt.dry_run}))
+    except DataError:
+        if not opt.dry_run:
+            raise
+        source = stand_in(first)
+    teachers = plan_teachers(opt, first, source)
+    tasks = list(dict.fromkeys(task for _, _, task in teachers.values() if task))
+    plan, settings = Plan(tasks, {}, {}, source, first.free - {*WEIGHTS, "kd_T", "epochs"}), {}
     for pair, (arch, arch_s) in opt.pairs.items():
-        teacher, settings, plan.undefined[pair] = teachers[arch], {}, {}
-        model = new_model(arch_s, source, parsed[pair])
+        teacher, model = teachers[arch][0], new_model(arch_s, source, parsed[pair])
         plan.nets[pair] = teacher.model, model, parsed[pair]
+        plan.undefined[pair], settings[pair] = {}, {}
         for name in opt.distill:
             try:
-                settings[name] = build_method(name, model, parsed[pair], source, teacher)[1]
+                settings[pair][name] = build_method(name, model, parsed[pair], source, teacher)[1]
             except DistillError as error:
                 plan.undefined[pair][name] = str(error).removeprefix(f"method {name}: ")
-        for trial in range(1, opt.trials + 1) if settings else ():
-            students.append((trial, plan_students(opt, pair, trial, settings, teacher, *makers[arch], source)))
-    plan.tasks.extend(task for _, task in sorted(students, key=itemgetter(0)))  # the first trial of all pairs first
+    for trial, pair in product(range(1, opt.trials + 1), [pair for pair in opt.pairs if settings[pair]]):
+        teacher, path, after = teachers[opt.pairs[pair][0]]
+        command, cells = partial(student_argv, opt, pair, trial, path), []
+        opt_s = train_student.parse(command(settings[pair]))
+        for name, setting in settings[pair].items():
+            folder = student_folder(name, setting["weights"], teacher.arch, opt_s)
+            about = {"method": name, **{key: setting[key] for key in ("weights", "kd_T", "options")}}
+            check(folder, opt_s, about | ({"teacher_crc32": teacher.crc32} if teacher.path else {}), source)
+            cells.append(Cell(pair, name, str(trial), folder, opt_s.epochs))
+        tasks.append(Task(f"{pair} trial {trial}", cells, "train_student.py", command, after))
     return plan
 
 
 def stand_in(opt: argparse.Namespace) -> DataSource:
-    """Something in the shape of CIFAR-100, as a dry run needs no data."""
-    size = opt.image_size or 32
-    images, labels = np.zeros((1, size, size, 3), np.uint8), np.arange(50_000) % fetch_teachers.N_CLS
-    return DataSource(images, labels, images, labels[:1], fetch_teachers.N_CLS, (0.5,) * 3, (0.5,) * 3, ())
+    """Something in the shape of CIFAR-100, for a dry run without the data."""
+    size, n_cls = opt.image_size or 32, fetch_teachers.N_CLS
+    images, labels = np.zeros((1, size, size, 3), np.uint8), np.arange(50_000) % n_cls
+    return DataSource(images, labels, images, labels[:1], n_cls, (0.5,) * 3, (0.5,) * 3, ())
 
 
-def student_argv(opt: argparse.Namespace, pair: str, trial: int, path: Path, options: Options) -> list[str]:
+def student_argv(opt: argparse.Namespace, pair: str, trial: int, path: Path, methods: Iterable[str]) -> list[str]:
     arch, arch_s = opt.pairs[pair]
     name = ["--model_t", arch] if arch in opt.teacher.get("checkpoint", {}) else []
-    return ["--path_t", str(path), *name, "--model_s", arch_s, "--trial", str(trial), *flags(options), "--distill"]
-
-
-def student_options(opt: argparse.Namespace, pair: str, trial: int) -> argparse.Namespace:
-    return train_student.parse([*student_argv(opt, pair, trial, Path("x"), opt.options), *opt.distill])
+    options = flags(options_of(methods, opt.options))
+    return ["--path_t", str(path), *name, "--model_s", arch_s, "--trial", str(trial), *options, "--distill", *methods]
 
 
 def plan_teachers(
-    opt: argparse.Namespace, archs: Iterable[str], output: Path, source: DataSource
-) -> dict[str, tuple[Task | None, Path]]:
-    """How each teacher is made, None where its file is given, and its checkpoint."""
-    given, fetched = opt.teacher.get("checkpoint", {}), Task("fetch", [], lambda names: [])
+    opt: argparse.Namespace, first: argparse.Namespace, source: DataSource
+) -> dict[str, tuple[Teacher, Path, Task | None]]:
+    """Each teacher, untrained where there is none yet, its checkpoint, and the task that makes it."""
+    given, published = opt.teacher.get("checkpoint", {}), opt.teacher.get("published")
     options = {key: value for key, value in opt.teacher.items() if key not in ("checkpoint", "published")}
     options |= {key: value for key, value in opt.options.items() if key == "output"}
-    makers: dict[str, tuple[Task | None, Path]] = {}
-    for arch in archs:
+    fetch, teachers = (
+        Task("fetch", [], "scripts/fetch_teachers.py", lambda names: [*names, "--output", first.output]),
+        {},
+    )
+    for arch in dict.fromkeys(arch for arch, _ in opt.pairs.values()):
+        argv, task = ["--model", arch, *flags(options)], None
+        opt_t = train_teacher.parse(argv)
         if arch in given:
-            makers[arch] = None, Path(given[arch])
-        elif opt.teacher.get("published"):
+            path = Path(given[arch])
+        elif published:
             if arch not in fetch_teachers.PUBLISHED or source.n_cls != fetch_teachers.N_CLS:
                 known = f"{fetch_teachers.N_CLS} classes: {', '.join(fetch_teachers.PUBLISHED)}"
                 raise RunError(f"there is no published teacher {arch} for {source.n_cls} classes, only for {known}")
-            path = output / "models" / fetch_teachers.FILE.format(arch)
-            fetched.cells.append(Cell(arch, arch, "published", path.parent, 0, path.name))
-            fetched.command = lambda names: ["scripts/fetch_teachers.py", *names, "--output", str(output)]
-            makers[arch] = fetched, path
+            path, task = first.output / "models" / fetch_teachers.FILE.format(arch), fetch
+            fetch.cells.append(Cell(arch, arch, "published", path.parent, 0, path.name))
         else:
-            argv = ["--model", arch, *flags(options)]
-            opt_t = train_teacher.parse(argv)
             folder = teacher_folder(opt_t)
             check(folder, opt_t, {"role": "teacher"}, source)
-            cell = Cell(arch, "teacher", opt_t.trial, folder, opt_t.epochs)
-            task = Task(f"teacher {arch}", [cell], lambda _, argv=argv: ["train_teacher.py", *argv])
-            makers[arch] = task, folder / f"{arch}_last.pth"
-    return makers
-
-
-def find_teacher(arch: str, task: Task | None, path: Path, opt: argparse.Namespace, source: DataSource) -> Teacher:
-    """The teacher from its file, or an untrained one where there is no file yet."""
-    if task and not path.is_file():
-        return Teacher(arch, new_model(arch, source, opt))
-    teacher = load_teacher(argparse.Namespace(**{**vars(opt), "path_t": path, "model_t": arch}))
-    if source.class_names:  # not a dry run
-        teacher.check(source)
-    return teacher
-
-
-def plan_students(
-    opt: argparse.Namespace,
-    pair: str,
-    trial: int,
-    settings: dict[str, dict],
-    teacher: Teacher,
-    after: Task | None,
-    path: Path,
-    source: DataSource,
-) -> Task:
-    parsed, cells = student_options(opt, pair, trial), []
-    for name, setting in settings.items():
-        folder = student_folder(name, setting["weights"], teacher.arch, parsed)
-        about = {"role": "student", "method": name, **{key: setting[key] for key in ("weights", "kd_T", "options")}}
-        check(folder, parsed, about | ({"teacher_crc32": teacher.crc32} if teacher.path else {}), source)
-        cells.append(Cell(pair, name, str(trial), folder, parsed.epochs))
-
-    def command(methods: list[str]) -> list[str]:
-        argv = student_argv(opt, pair, trial, path, options_of(methods, opt.options))
-        return ["train_student.py", *argv, *methods]
-
-    return Task(f"{pair} trial {trial}", cells, command, after)
+            path, cell = folder / f"{arch}_last.pth", Cell(arch, "teacher", opt_t.trial, folder, opt_t.epochs)
+            task = Task(f"teacher {arch}", [cell], "train_teacher.py", lambda _, argv=argv: argv)
+        if task and not path.is_file():
+            teacher = Teacher(arch, new_model(arch, source, first))
+        else:
+            teacher = load_teacher(argparse.Namespace(**{**vars(first), "path_t": path, "model_t": arch}))
+            if source.class_names:  # which the stand-in lacks
+                teacher.check(source)
+        teachers[arch] = teacher, path, task
+    return teachers
 
 
 def check(folder: Path, opt: argparse.Namespace, about: Options, source: DataSource) -> None:
@@ -320,7 +302,7 @@ def estimate(plan: Plan) -> str:
         forward, step = seconds.get(task.cells[0].pair, (0, 0))  # training a teacher takes little beside its students
         total += n and (forward + n * step) * task.cells[0].epochs
     hours = total * math.ceil(len(plan.source.train_labels) / opt.batch_size) / 3600
-    said = f"{hours:.1f} hours" if hours >= 2 else f"{60 * hours:.0f} minutes"
+    said = f"{hours:.1f} hours" if hours >= 2 else f"{60 * hours:.1f} minutes"
     return f"about {said} of one task at a time on this {device.type}, by timing a step of KD for each pair"
 
 
@@ -438,7 +420,7 @@ def slurm_script(tasks: list[Task], opt: argparse.Namespace) -> str:
         folder=opt.folder.absolute(),
         gpus=math.ceil(opt.gpus_per_job if opt.gpus_per_job is not None else opt.options.get("device") != "cpu"),
         note=note,
-        tasks="\n".join(shlex.quote(shlex.join(task.args())) for task in tasks),
+        tasks="\n".join(shlex.quote(shlex.join(task.command())) for task in tasks),
         cwd=shlex.quote(str(Path.cwd())),
         root=shlex.quote(str(ROOT)),
         python=shlex.quote(sys.executable),
@@ -455,13 +437,16 @@ def main(argv: list[str] | None = None) -> list[Task] | None:
     plan = make_plan(opt)
     show(plan, sys.stderr if only_print else sys.stdout)
     tasks = [task for task in plan.tasks if task.left()]
+    if not tasks:
+        return tasks
     if opt.dry_run:
-        return print(*(shlex.join(["python", *task.args()]) for task in tasks), sep="\n")
+        return print(*(shlex.join(["python", *task.command()]) for task in tasks), sep="\n")
     opt.folder.mkdir(parents=True, exist_ok=True)
-    with lock(opt.folder):
+    if opt.command == "slurm":
+        return print(slurm_script(tasks, opt), end="")
+    quiet = stderr_to(opt.folder / "ray.log") if opt.address else nullcontext(sys.stderr)
+    with lock(opt.folder), quiet as terminal:
         keep(opt, plan)
-        if opt.command == "slurm":
-            return print(slurm_script(tasks, opt), end="")
         use_gpus = opt.options.get("device", "auto") != "cpu"
         if opt.address:
             engine = Ray(opt.address, opt.jobs, opt.gpus_per_job, use_gpus, opt.folder)
@@ -469,7 +454,7 @@ def main(argv: list[str] | None = None) -> list[Task] | None:
             engine = Threads(opt.jobs, opt.gpus_per_job, use_gpus)
         print(f"{estimate(plan)}; up to {engine.capacity()} at once, logs in {opt.folder}", flush=True)
         plan.nets.clear()
-        work(tasks, engine, opt.folder)
+        work(plan.tasks, engine, opt.folder, terminal)
     if failed := [task for task in tasks if task.failed]:
         print(
             f"{len(failed)} tasks failed: {', '.join(task.name for task in failed)}; the same command tries them again"

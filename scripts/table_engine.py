@@ -14,13 +14,14 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import torch
 from tqdm import tqdm
@@ -64,7 +65,8 @@ class Task:
 
     name: str
     cells: list[Cell]
-    command: Callable[[list[str]], list[str]]  # for the methods that are left
+    script: str
+    argv: Callable[[list[str]], list[str]]  # its arguments, given the methods that are left
     after: Task | None = None
     tries: int = 0
     not_before: float = 0.0
@@ -73,8 +75,8 @@ class Task:
     def left(self) -> list[Cell]:
         return [cell for cell in self.cells if not cell.is_done()]
 
-    def args(self) -> list[str]:
-        return self.command([cell.method for cell in self.left()])
+    def command(self) -> list[str]:
+        return [self.script, *map(str, self.argv([cell.method for cell in self.left()]))]
 
     def log(self, folder: Path) -> Path:
         return folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', self.name)}.log"
@@ -162,6 +164,17 @@ class Threads:
         self.pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def stderr_to(log: Path) -> Iterator[TextIO]:
+    """Send what Ray says to a file -> the terminal, for what we say."""
+    with open(log, "ab") as file, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield terminal
+        finally:
+            os.dup2(terminal.fileno(), 2)
+
+
 class Ray:
     """Tasks of a Ray cluster; address: 'local' starts one on this machine, 'auto' is the one that runs here."""
 
@@ -172,8 +185,6 @@ class Ray:
                 socket.create_connection((host, int(port)), timeout=5).close()  # Ray takes 20 s, and a traceback
             except OSError as error:
                 raise RunError(f"--address {address}: no answer ({error})") from error
-        terminal = os.dup(2)
-        os.dup2(os.open(folder / "ray.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
         try:
             import ray
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -184,8 +195,6 @@ class Ray:
             raise RunError("--address: Ray is missing, pip install -r requirements-cluster.txt") from error
         except Exception as error:  # Ray raises a dozen kinds
             raise RunError(f"--address {address}: {' '.join(str(error).split())}") from error
-        finally:
-            sys.stderr = os.fdopen(terminal, "w", buffering=1)  # ours; the messages of Ray's C++ go on to ray.log
         interrupt.listen()  # ray.init() has replaced the handler of SIGTERM
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers import nothing of ours
         self.ray, self.jobs, self.refs = ray, jobs, {}
@@ -200,7 +209,7 @@ class Ray:
                 where, name = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False), node["NodeManagerAddress"]
                 look = ray.remote(num_cpus=0, scheduling_strategy=where)(unseen)
                 try:
-                    missing = ray.get(look.remote([os.getcwd(), ROOT, token.absolute()]), timeout=60)
+                    missing = ray.get(look.remote([Path.cwd(), ROOT, token.absolute()]), timeout=60)
                 except ray.exceptions.RayError as error:
                     raise RunError(f"node {name} does not answer ({type(error).__name__})") from error
                 if missing:
@@ -244,11 +253,12 @@ def unseen(paths: list[Path]) -> str:
     return next((str(path) for path in paths if not path.exists()), "")
 
 
-def work(tasks: list[Task], engine: Threads | Ray, folder: Path) -> None:
+def work(tasks: list[Task], engine: Threads | Ray, folder: Path, terminal: TextIO) -> None:
     """Run all tasks that are not done. Raises Interrupted, with all runs saved, after a signal."""
     waiting, running = [task for task in tasks if task.left()], {}
     n_cells, n_left = (sum(map(len, lists)) for lists in ([task.cells for task in tasks], [t.left() for t in waiting]))
-    bar = tqdm(total=n_cells, initial=n_cells - n_left, unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    same = {"unit": "run", "dynamic_ncols": True, "file": terminal, "disable": not terminal.isatty()}
+    bar = tqdm(total=n_cells, initial=n_cells - n_left, **same)
     with bar, interrupt.deferred():
         try:
             while waiting or running:
@@ -266,7 +276,7 @@ def work(tasks: list[Task], engine: Threads | Ray, folder: Path) -> None:
                 for task in ready[: max(0, engine.capacity() - len(running))]:
                     waiting.remove(task)
                     note(folder, "start", task)
-                    running[engine.submit(task.args(), task.log(folder))] = task, len(task.left())
+                    running[engine.submit(task.command(), task.log(folder))] = task, len(task.left())
                 ended, _ = wait(running, timeout=POLL, return_when=FIRST_COMPLETED)
                 for future in ended:
                     task, before = running.pop(future)

@@ -27,10 +27,20 @@ TABLE = shlex.split(
 )
 
 
-def script(*args):
-    command = [sys.executable, ROOT / "scripts" / "run_table.py", *map(str, args)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+@pytest.fixture(scope="module")
+def script():
+    """Starts the script as a process of its own."""
+    started = []
+
+    def start(*args):
+        command = [sys.executable, ROOT / "scripts" / "run_table.py", *map(str, args)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()  # if the test has failed
 
 
 def finish(process):
@@ -70,7 +80,7 @@ def children(out):
 
 
 def wait_for(condition):
-    for _ in range(1200):
+    for _ in range(2400):
         if found := condition():
             return found
         time.sleep(0.05)
@@ -78,7 +88,7 @@ def wait_for(condition):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(script, tmp_path_factory):
     """A table that was left alone."""
     out = tmp_path_factory.mktemp("alone")
     code, said = finish(script(*TABLE, "--trials", "2", "--output", out))
@@ -87,7 +97,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_killed_at_three_moments_it_ends_as_one_left_alone(alone, tmp_path):
+def test_killed_at_three_moments_it_ends_as_one_left_alone(script, alone, tmp_path):
     command = [*TABLE, "--trials", "2", "--jobs", "2", "--output", tmp_path]
     first = script(*command)
     wait_for(lambda: any(last_epoch(path) for path in tmp_path.rglob("metrics.jsonl")))
@@ -108,7 +118,7 @@ def test_killed_at_three_moments_it_ends_as_one_left_alone(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_ray_starts_a_lost_worker_again(alone, tmp_path):
+def test_ray_starts_a_lost_worker_again(script, alone, tmp_path):
     process = script(*TABLE, "--trials", "2", "--address", "local", "--jobs", "2", "--output", tmp_path)
     wait_for(lambda: any((tmp_path / "student_model").rglob("metrics.jsonl")))
     child = wait_for(lambda: children(tmp_path))[0]
@@ -141,7 +151,7 @@ def test_what_is_added_or_lost_is_trained(alone, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_listed_and_the_rest_goes_on(tmp_path):
+def test_a_run_that_fails_is_listed_and_the_rest_goes_on(script, tmp_path):
     code, said = finish(script(*TABLE, "--beta", "1e38", "--output", tmp_path))
     (line,) = [line for line in said.splitlines() if line.startswith("failed: ") and "log" in line]
     assert code == 1 and "(crd)" in line and "not finite" in said
