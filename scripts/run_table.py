@@ -58,7 +58,7 @@ from helper.run import Run, lock
 from helper.student import Teacher
 from helper.util import InUse, RunError, choose_device, cli_errors
 from scripts import fetch_teachers
-from scripts.table_engine import ROOT, Cell, Ray, Task, Threads, stderr_to, work
+from scripts.table_engine import ROOT, Cell, Ray, Task, Threads, quiet, work
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -370,8 +370,8 @@ def status(folder: Path) -> None:
     except InUse:
         state = "running"
     events = folder / "events.jsonl"
-    lines = map(json.loads, events.read_text().splitlines()) if events.exists() else ()
-    last = {line["task"]: line for line in lines}  # the last of each task
+    lines = events.read_text().splitlines() if events.exists() else []
+    last = {line["task"]: line for line in (json.loads(line) for line in lines if line.endswith("}"))}
     n = sum(cell.is_done() for cell in cells)
     print(f"{folder.parent}: {state}, {n} of {len(cells)} runs are done")
     for name, line in last.items():
@@ -442,23 +442,21 @@ def main(argv: list[str] | None = None) -> list[Task] | None:
     if opt.dry_run:
         return print(*(shlex.join(["python", *task.command()]) for task in tasks), sep="\n")
     opt.folder.mkdir(parents=True, exist_ok=True)
-    if opt.command == "slurm":
-        return print(slurm_script(tasks, opt), end="")
-    quiet = stderr_to(opt.folder / "ray.log") if opt.address else nullcontext(sys.stderr)
-    with lock(opt.folder), quiet as terminal:
+    hushed = quiet(opt.folder / "ray.log") if opt.address and opt.command == "run" else nullcontext(sys.stdout)
+    with lock(opt.folder), hushed as out:
         keep(opt, plan)
+        if opt.command == "slurm":
+            return print(slurm_script(tasks, opt), end="")
         use_gpus = opt.options.get("device", "auto") != "cpu"
         if opt.address:
             engine = Ray(opt.address, opt.jobs, opt.gpus_per_job, use_gpus, opt.folder)
         else:
             engine = Threads(opt.jobs, opt.gpus_per_job, use_gpus)
-        print(f"{estimate(plan)}; up to {engine.capacity()} at once, logs in {opt.folder}", flush=True)
+        print(f"{estimate(plan)}; up to {engine.capacity()} at once, logs in {opt.folder}", file=out, flush=True)
         plan.nets.clear()
-        work(plan.tasks, engine, opt.folder, terminal)
-    if failed := [task for task in tasks if task.failed]:
-        print(
-            f"{len(failed)} tasks failed: {', '.join(task.name for task in failed)}; the same command tries them again"
-        )
+        work(plan.tasks, engine, opt.folder, out)
+    if failed := [task.name for task in tasks if task.failed]:
+        print(f"{len(failed)} tasks failed: {', '.join(failed)}; the same command tries them again")
     return tasks
 
 

@@ -133,9 +133,8 @@ class Threads:
         self.jobs = jobs or (len(shares) if per_job else 1)
         if per_job and self.jobs > len(shares):
             raise RunError(f"--jobs {self.jobs}: with {per_job:g} GPUs each, there are enough for {len(shares)}")
-        threads = {
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
-        }
+        cores = max(1, (os.cpu_count() or 1) // self.jobs)
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
         self.shares: SimpleQueue[dict[str, str]] = SimpleQueue()
         for i in range(self.jobs):
             self.shares.put({**threads, **({"CUDA_VISIBLE_DEVICES": shares[i]} if per_job else {})})
@@ -165,14 +164,18 @@ class Threads:
 
 
 @contextmanager
-def stderr_to(log: Path) -> Iterator[TextIO]:
-    """Send what Ray says to a file -> the terminal, for what we say."""
-    with open(log, "ab") as file, os.fdopen(os.dup(2), "w", buffering=1) as terminal:
-        os.dup2(file.fileno(), 2)
+def quiet(log: Path) -> Iterator[TextIO]:
+    """Send what Ray's Python and C++ print to a file -> the terminal, for what we print."""
+    with open(log, "ab") as file, os.fdopen(os.dup(1), "w", buffering=1) as out, os.fdopen(os.dup(2), "w") as err:
+        sys.stdout.flush()
+        for fd in (1, 2):
+            os.dup2(file.fileno(), fd)
         try:
-            yield terminal
+            yield out
         finally:
-            os.dup2(terminal.fileno(), 2)
+            sys.stdout.flush()
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
 
 
 class Ray:
@@ -235,9 +238,8 @@ class Ray:
 
     def lost(self, error: BaseException) -> bool:
         """Whether an error means that the worker or its node has died, not that the task has failed."""
-        return isinstance(error, self.ray.exceptions.RayError) and not isinstance(
-            error, self.ray.exceptions.RayTaskError
-        )
+        errors = self.ray.exceptions
+        return isinstance(error, errors.RayError) and not isinstance(error, errors.RayTaskError)
 
     def stop(self) -> None:
         """End what runs, saved."""
@@ -253,26 +255,20 @@ def unseen(paths: list[Path]) -> str:
     return next((str(path) for path in paths if not path.exists()), "")
 
 
-def work(tasks: list[Task], engine: Threads | Ray, folder: Path, terminal: TextIO) -> None:
+def work(tasks: list[Task], engine: Threads | Ray, folder: Path, out: TextIO) -> None:
     """Run all tasks that are not done. Raises Interrupted, with all runs saved, after a signal."""
     waiting, running = [task for task in tasks if task.left()], {}
-    n_cells, n_left = (sum(map(len, lists)) for lists in ([task.cells for task in tasks], [t.left() for t in waiting]))
-    same = {"unit": "run", "dynamic_ncols": True, "file": terminal, "disable": not terminal.isatty()}
-    bar = tqdm(total=n_cells, initial=n_cells - n_left, **same)
+    total, n_left = sum(len(task.cells) for task in tasks), sum(len(task.left()) for task in waiting)
+    bar = tqdm(total=total, initial=total - n_left, unit="run", dynamic_ncols=True, file=out, disable=not out.isatty())
     with bar, interrupt.deferred():
         try:
             while waiting or running:
                 interrupt.check()
                 for task in [task for task in waiting if task.after and task.after.failed]:
-                    give_up(task, "its teacher failed", folder)
-                waiting = [task for task in waiting if not task.failed]
-                busy = {task for task, _ in running.values()}
-                ready = [
-                    task
-                    for task in waiting
-                    if time.monotonic() >= task.not_before
-                    and not (task.after and (task.after in busy or task.after in waiting))
-                ]
+                    waiting.remove(task)
+                    give_up(task, "its teacher failed", folder, out)
+                busy = {*waiting, *(task for task, _ in running.values())}
+                ready = [t for t in waiting if t.after not in busy and time.monotonic() >= t.not_before]
                 for task in ready[: max(0, engine.capacity() - len(running))]:
                     waiting.remove(task)
                     note(folder, "start", task)
@@ -280,7 +276,7 @@ def work(tasks: list[Task], engine: Threads | Ray, folder: Path, terminal: TextI
                 ended, _ = wait(running, timeout=POLL, return_when=FIRST_COMPLETED)
                 for future in ended:
                     task, before = running.pop(future)
-                    settle(task, future, engine, folder)
+                    settle(task, future, engine, folder, out)
                     bar.update(before - len(task.left()))
                     if task.left() and not task.failed:
                         waiting.append(task)
@@ -291,31 +287,29 @@ def work(tasks: list[Task], engine: Threads | Ray, folder: Path, terminal: TextI
             engine.stop()
 
 
-def settle(task: Task, future: Future[int], engine: Threads | Ray, folder: Path) -> None:
+def settle(task: Task, future: Future[int], engine: Threads | Ray, folder: Path, out: TextIO) -> None:
     """What the end of a process means: its runs' folders say what is done, its exit code what may be tried again."""
     error = future.exception()
-    code, said = (None, f"{type(error).__name__}: {error}") if error else (future.result(), "")
+    code, why = (None, f"{type(error).__name__}: {error}") if error else (future.result(), "")
+    again = code in (EXIT, IN_USE) or (error and engine.lost(error))
+    task.tries += not again
+    task.not_before = time.monotonic() + (5 if code == IN_USE else 1)
     if not task.left():
         note(folder, "done", task)
-        tqdm.write(f"done: {task.name}")
-    elif code in (EXIT, IN_USE) or (error and engine.lost(error)):
-        note(folder, "again", task, code=code, error=said)
-        task.not_before = time.monotonic() + (5 if code == IN_USE else 1)
+        tqdm.write(f"done: {task.name}", file=out)
+    elif again or (code != 2 and task.tries < TRIES):
+        note(folder, "again", task, code=code, error=why)
     else:
-        task.tries += 1
-        if code == 2 or task.tries == TRIES:
-            give_up(task, said or f"exit code {code}", folder)
-        else:
-            note(folder, "again", task, code=code, error=said)
+        give_up(task, why or f"exit code {code}", folder, out)
 
 
-def give_up(task: Task, why: str, folder: Path) -> None:
+def give_up(task: Task, why: str, folder: Path, out: TextIO) -> None:
     task.failed = why
     note(folder, "failed", task, error=why)
-    log = task.log(folder)
+    log, names = task.log(folder), ", ".join(cell.method for cell in task.left())
     lines = log.read_bytes()[-4000:].decode(errors="replace").splitlines()[-LAST:] if log.exists() else []
-    names = ", ".join(cell.method for cell in task.left())
-    tqdm.write("\n".join([f"failed: {task.name} ({names}): {why}; log {log}", *(f"    {line}" for line in lines)]))
+    said = [f"failed: {task.name} ({names}): {why}; log {log}", *(f"    {line}" for line in lines)]
+    tqdm.write("\n".join(said), file=out)
 
 
 def note(folder: Path, event: str, task: Task, **about: object) -> None:
