@@ -194,7 +194,7 @@ def test_wrong_input_is_refused_in_one_sentence(text, flags, named, tmp_path, mo
     given = ["--device", "cpu", *TABLE[:6], "--dataset", "digits", *flags]
     code, _, err = call(run_table, ["table.toml", *given], monkeypatch, capsys)
     assert code == 2 and named in err and err.count("\n") == 1
-    assert not any(tmp_path.rglob("*.log"))
+    assert not any(tmp_path.rglob("events.jsonl"))  # nothing was started
 
 
 def test_another_table_in_its_folder_is_refused(alone, monkeypatch, capsys):
