@@ -4,13 +4,12 @@ import argparse
 import sys
 
 from distiller_zoo import BASELINE
-from helper.build import build, distillation, load_source, make_loaders, new_model, set_up
+from helper.build import build, distillation, load_source, make_loaders, new_model, set_up, teacher_folder
 from helper.loops import Result, fit
 from helper.options import add_engine_options, add_weights, finish, network, parser_for, trial
 from helper.run import opened
 from helper.student import Teacher
 from helper.util import cli_errors
-from models import file_name
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,9 +27,8 @@ def main(argv: list[str] | None = None) -> list[Result]:
     device = set_up(opt)
     source = load_source(opt)
     train_loader, test_loader, val_loader = make_loaders(source, opt, device)
-    name = f"{file_name(opt.model)}_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_trial_{opt.trial}"
     kd = distillation(BASELINE, new_model(opt.model, source, opt), opt, source)
-    student = build(kd, opt.output / "models" / name, opt, source, device, role="teacher")
+    student = build(kd, teacher_folder(opt), opt, source, device, role="teacher")
     with opened([student.run]):
         results = fit([student], Teacher(), train_loader, test_loader, val_loader, opt)
     print(*results, sep="\n")

@@ -149,14 +149,24 @@ def build_students(
         if kd.published:
             said = ", ".join(f"{key} {value:g}" for key, value in kd.published.items())
             print(f"{method}: published for {teacher.arch} -> {opt.model_s}: {said}")
-        folder = (
-            f"S_{file_name(opt.model_s)}_T_{file_name(teacher.arch)}_{opt.dataset}_{method}"
-            f"_r_{kd.weights['gamma']:g}_a_{kd.weights['alpha']:g}_b_{kd.weights['beta']:g}_{opt.trial}"
-        )
         if kd.n_stages and not students:
             print(f"compared: the last {kd.n_stages} stages of both networks, see --describe")
-        students.append(build(kd, opt.output / "student_model" / folder, opt, source, device, teacher))
+        folder = student_folder(method, kd.weights, teacher.arch, opt)
+        students.append(build(kd, folder, opt, source, device, teacher))
     return students
+
+
+def student_folder(method: str, weights: dict[str, float], arch_t: str, opt: argparse.Namespace) -> Path:
+    """The folder of a student's run; weights: those that the method has of gamma, alpha and beta."""
+    gamma, alpha, beta = (f"{weights.get(key, 0):g}" for key in WEIGHTS)
+    name = f"S_{file_name(opt.model_s)}_T_{file_name(arch_t)}_{opt.dataset}_{method}_r_{gamma}_a_{alpha}_b_{beta}"
+    return opt.output / "student_model" / f"{name}_{opt.trial}"
+
+
+def teacher_folder(opt: argparse.Namespace) -> Path:
+    """The folder of a teacher's run."""
+    name = f"{file_name(opt.model)}_{opt.dataset}_lr_{opt.learning_rate:g}_decay_{opt.weight_decay:g}_trial_{opt.trial}"
+    return opt.output / "models" / name
 
 
 def describe(opt: argparse.Namespace, source: DataSource, teacher: Teacher) -> None:

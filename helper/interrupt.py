@@ -11,6 +11,7 @@ from typing import Any
 from helper.ranks import ranks
 
 EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again
+IN_USE = 73  # EX_CANTCREAT: another process holds the run's folder
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # schedulers warn by the last two; Windows has two
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from helper import checkpoint
 from helper.ranks import ranks
-from helper.util import RunError, code_version, versions
+from helper.util import InUse, RunError, code_version, versions
 
 # How far a run has got: whole epochs of the first and of the main stage, steps of the next one; and what it reached.
 PROGRESS = ("init_epoch", "epoch", "step", "last", "best", "best_epoch", "chosen", "chosen_val", "chosen_epoch")
@@ -50,22 +50,39 @@ class Run:
     def find(self, mode: str) -> dict | None:
         """State of an earlier part of this run in its folder -> None if there is none.
 
-        mode: 'never' takes a new folder instead. Raises RunError if the folder is in use or holds another run.
+        mode: 'never' takes a new folder instead. Raises InUse, or RunError if the folder holds another run.
         """
         if mode == "never":
             names = chain([self.folder], (self.folder.with_name(f"{self.folder.name}_{n}") for n in count(2)))
             self.folder = next(folder for folder in names if not folder.exists())
+        parts = self.check()
+        if not parts:
+            return None
+        if ranks.rank == 0:  # before the state is read
+            last = parts[-1]
+            holder = f"process {last['pid']} on {last.get('host')}" if "pid" in last else "another process"
+            self.lock = lock(self.folder, holder)
+        if not (self.folder / "resume.pth").exists():
+            return None
+        self.parts = parts
+        return checkpoint.load(self.folder / "resume.pth")
+
+    def check(self) -> list[dict]:
+        """The parts of the run in the folder; none if there is none. Raises RunError if it is another run."""
         path = self.folder / "config.json"
         if not path.exists():
-            return None
+            return []
         try:
             config = json.loads(checkpoint.read_text(path))
-            before, parts, epochs = self.identity(config), list(config["parts"]), int(config["opt"]["epochs"])
-            holder = f"process {parts[-1]['pid']} on {parts[-1]['host']}" if "pid" in parts[-1] else "another process"
+            before, epochs, parts = (
+                self.identity(config),
+                int(config["opt"]["epochs"]),
+                list(map(dict, config["parts"])),
+            )
+            if not parts:
+                raise ValueError("no parts")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise RunError(f"{path}: damaged ({error}): choose another --trial or --output") from error
-        if ranks.rank == 0:
-            self.lock = lock(self.folder, holder)  # before the state is read
         now = self.identity(json.loads(json.dumps(self.config)))
         # what an older version did not write is not compared
         differ = [
@@ -77,10 +94,7 @@ class Run:
             )
         if epochs > self.config["opt"]["epochs"]:
             raise RunError(f"{self.folder} holds a run of {epochs} epochs: --epochs may be raised, not lowered")
-        if not (self.folder / "resume.pth").exists():
-            return None
-        self.parts = parts
-        return checkpoint.load(self.folder / "resume.pth")
+        return parts
 
     def restore(self, state: dict) -> None:
         for name in PROGRESS:
@@ -207,10 +221,10 @@ def check_ranks(runs: Sequence[Run]) -> None:
 
 
 def lock(folder: Path, holder: str = "another process") -> FileLock:
-    """Lock a folder until release(), or until the process ends. Raises RunError if it is in use."""
+    """Lock a folder until release(), or until the process ends. Raises InUse if another holds it."""
     held = FileLock(folder / ".lock", timeout=0)
     try:
         held.acquire()
     except Timeout:
-        raise RunError(f"{folder} is in use by {holder}") from None
+        raise InUse(f"{folder} is in use by {holder}") from None
     return held

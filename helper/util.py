@@ -18,13 +18,17 @@ import torch
 
 from dataset import DataError
 from distiller_zoo import DistillError
-from helper.interrupt import EXIT, Interrupted, interrupt
+from helper.interrupt import EXIT, IN_USE, Interrupted, interrupt
 from helper.ranks import Lost, ranks
 from models.util import ModelError
 
 
 class RunError(ValueError):
     """A run cannot be started or go on; the message is one sentence for the user."""
+
+
+class InUse(RunError):
+    """Another process writes into the folder."""
 
 
 def cli_errors(main: Callable[[], object]) -> int:
@@ -47,7 +51,7 @@ def cli_errors(main: Callable[[], object]) -> int:
             return 128 + signal.SIGPIPE
         except (RunError, DataError, DistillError, ModelError, OSError) as error:  # OSError: a full disk, for one
             say(error)
-            return 2
+            return IN_USE if isinstance(error, InUse) else 2
         except (torch.OutOfMemoryError, MemoryError) as error:
             asked = re.search(r"Tried to allocate (.+?)\. .*capacity of (.+?) of which (.+?) is free", str(error))
             what = str(error).partition("\n")[0]

@@ -18,7 +18,7 @@ from distiller_zoo import distiller_dict
 from distiller_zoo.base import Baseline
 from helper import checkpoint
 from helper.build import hold_out
-from helper.interrupt import EXIT
+from helper.interrupt import EXIT, IN_USE
 from helper.loops import drop_nonfinite
 from helper.util import RunError
 from models import create_model
@@ -65,7 +65,7 @@ def test_the_second_run_says_who_has_the_folder(data, tmp_path):
             assert first.poll() is None
             time.sleep(0.02)
         second = subprocess.run([*command, "--epochs", "500"], capture_output=True, text=True)
-        assert second.returncode == 2 and second.stderr.count("\n") == 1
+        assert second.returncode == IN_USE and second.stderr.count("\n") == 1
         assert f"is in use by process {first.pid} on " in second.stderr
         assert first.poll() is None
     finally:
