@@ -5,26 +5,30 @@ import json
 import re
 import shlex
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from distiller_zoo import BASELINE, DistillError, distiller_class, distiller_dict, method_options
 from distiller_zoo.distillation import KD_T
-from helper.options import LR, Parser, add_engine_options, parser_for
+from helper.options import LR, Parser, add_engine_options, add_weights, parser_for
 from helper.util import RunError
-from models import create_model, default_lr, model_dict
+from models import create_model, default_lr, is_known
+from models.util import ModelError
 from scripts import stats
+from scripts.costs import costs
 from scripts.plotting import DAMAGED, shown
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 # Runs that differ in one of these settings are not trials of the same thing. The published protocol is the scripts'
 # defaults, on CIFAR-100; how networks are computed (ENGINE) makes no difference to it.
 _protocol, _engine = parser_for(""), Parser()
+add_weights(_protocol)
 add_engine_options(_engine)
 PROTOCOL = {key: value for key, value in vars(_protocol.parse_args([])).items() if key not in _protocol.free}
 PROTOCOL |= {"epochs": 240, "image_size": 32, "learning_rate": LR}
-del PROTOCOL["seed"], PROTOCOL["deterministic"]
+del PROTOCOL["seed"], PROTOCOL["deterministic"], PROTOCOL["stream"]
 ENGINE = vars(_engine.parse_args([])).keys() - _engine.free
 ANYTHING = (*DAMAGED, ArithmeticError)
 
@@ -216,25 +220,24 @@ def rank(cells: dict, pairs: list[str]) -> dict:
     return {"ranks": ranks, "cd": stats.critical_difference(len(complete), len(pairs))}
 
 
-def networks(runs: list[dict]) -> dict:
-    """Parameters, multiply-accumulate operations, and accuracies of the networks that were trained as teachers."""
-    try:
-        from scripts.costs import costs
-    except ImportError:
-        costs = None
+def networks(runs: list[dict], latency: dict[str, float]) -> dict:
+    """Parameters, MACs, latency on this CPU unless it is given, and accuracies of those trained as teachers."""
     found = {}
     for run in runs:
         name = f"{run['arch']}, {run['dataset']}, {run['image_size']} pixels"
         if name not in found and run["role"] in ("student", "teacher"):
             found[name] = {"params": run["params"], "taught": []}
-            if costs and run["arch"] in model_dict and 0 < run["n_cls"] < 1e5 and 8 <= run["image_size"] <= 512:
-                found[name]["macs"] = costs(create_model(run["arch"], run["n_cls"]), run["image_size"])["macs"]
+            if is_known(run["arch"]) and 0 < run["n_cls"] < 1e5 and 8 <= run["image_size"] <= 512:
+                with suppress(ModelError, RunError):  # a network that cannot be built here
+                    cost = costs(create_model(run["arch"], run["n_cls"], run["image_size"]), run["image_size"])
+                    found[name]["macs"] = cost["macs"]
+                    found[name]["latency_ms"] = latency.get(name, round(cost["latency_ms"], 2))
         if run["role"] == "teacher" and run["state"] == "finished":
             found[name]["taught"].append(run["last"])
     return {name: {**net, "taught": net["taught"] and stats.mean_sd(net["taught"])} for name, net in found.items()}
 
 
-def analyse(runs: list[dict], control: str | None) -> dict:
+def analyse(runs: list[dict], control: str | None, latency: dict[str, float]) -> dict:
     """All numbers of the page, from runs as facts() has them. Raises RunError if no run is of the control."""
     groups = group(runs)
     pairs = dict.fromkeys((*PUBLISHED["rows"][0]["pairs"], *sorted({pair for row in groups.values() for pair in row})))
@@ -256,7 +259,7 @@ def analyse(runs: list[dict], control: str | None) -> dict:
         calls[call] = max(calls[call], run["seconds"])
     counts = sorted({len(cell["trials"]) for row in cells.values() for cell in row.values()} - {0, 1})
     numbers = {"control": control, "pairs": pairs, "hours": sum(calls.values()) / 3600, "cells": cells}
-    numbers |= {"across": across(cells), "rank": rank(cells, pairs), "networks": networks(runs)}
+    numbers |= {"across": across(cells), "rank": rank(cells, pairs), "networks": networks(runs, latency)}
     return rounded({**numbers, "detectable": {n: stats.detectable(n) for n in counts}, "runs": runs})
 
 

@@ -46,12 +46,17 @@ def table(runs: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
 
 
-def make(found: list[dict], root: Path, title: str, control: str | None, sums: dict[str, str]) -> dict[str, str]:
-    """The text of every file of the page. sums: SHA-256 of checkpoints, for those that are no longer there."""
+def make(
+    found: list[dict], root: Path, title: str, control: str | None, sums: dict[str, str], latency: dict[str, float]
+) -> dict[str, str]:
+    """The text of every file of the page.
+
+    sums: SHA-256 of checkpoints, for those that are no longer there; latency: of networks, if it was measured before
+    """
     runs = sorted((facts(run, root) for run in found), key=lambda run: run["folder"])
     for run in runs:
         run["sha256"] = digest(root / run["folder"]) or sums.get(run["folder"])
-    numbers = {"title": title, **analyse(runs, control)}
+    numbers = {"title": title, **analyse(runs, control, latency)}
     return dict(zip(NAMES, (page.html(numbers), page.csv_text(numbers), page.latex(numbers)), strict=True))
 
 
@@ -64,7 +69,8 @@ def check(found: list[dict], root: Path) -> None:
     try:
         numbers = page.embedded(there["report.html"])
         sums = {run["folder"]: run["sha256"] for run in numbers["runs"]}
-        made = make(found, root, str(numbers["title"]), numbers["control"], sums)
+        latency = {name: net["latency_ms"] for name, net in numbers["networks"].items() if "latency_ms" in net}
+        made = make(found, root, str(numbers["title"]), numbers["control"], sums, latency)
     except DAMAGED as error:
         print(f"{root / 'report.html'}: was changed ({error!r})")
         raise SystemExit(1) from error
@@ -96,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     root, found = opt.folder, find_runs([opt.folder])
     if opt.check:
         return check(found, root)
-    texts = make(found, root, shown(root.resolve().name), opt.control, {})
+    texts = make(found, root, shown(root.resolve().name), opt.control, {}, {})
     runs = begun(found)
     text = table(runs)
     print(f"{text}\nStudents of one call share the teacher and the clock: the seconds are those of the whole call.")

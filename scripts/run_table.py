@@ -41,7 +41,7 @@ from torch import nn
 
 import train_student
 import train_teacher
-from dataset import DataError, DataSource
+from dataset import DataError, DataSource, ImageFiles
 from distiller_zoo import DistillError, distiller_class, distiller_dict, kd_loss, method_options
 from helper import checkpoint
 from helper.build import (
@@ -280,6 +280,7 @@ def check(folder: Path, opt: argparse.Namespace, about: Options, source: DataSou
     """Raise RunError if the folder holds another run."""
     if (folder / "config.json").exists():
         options = {key: value for key, value in plain(opt).items() if value != "auto"}  # which the device decides
+        options |= {"stream": isinstance(source.train_images, ImageFiles)}
         data = {"data_crc32": source.crc32} if source.class_names else {}
         Run(folder, "", {**about, **data, "opt": options}, opt.free).check()
 

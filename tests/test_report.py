@@ -13,7 +13,9 @@ from scipy import stats as scipy_stats
 from torch import nn
 
 import train_student
-from helper.options import plain, weights_of
+from distiller_zoo import distiller_class
+from distiller_zoo.distillation import weights_of
+from helper.options import plain
 from helper.run import Run, opened
 from helper.util import cli_errors
 from scripts import page, report, stats
@@ -35,7 +37,7 @@ def make_run(out, method, pair, trial, acc, *flags, epochs=EPOCHS, done=None, fa
     """A run's folder, written as training does; its accuracy rises to `acc`, and is best in the last epoch but one."""
     args = ["--path_t", "x", "--model_s", pair[1], "--distill", method, "--trial", trial, "--epochs", epochs, *flags]
     opt = train_student.parse([str(arg) for arg in args])
-    weights = {"gamma": 0, "alpha": 0, "beta": 0, **weights_of(method, opt)}
+    weights = {"gamma": 0, "alpha": 0, "beta": 0, **weights_of(distiller_class(method), vars(opt))}
     config = {"role": "student", "method": method, "arch": pair[1], "teacher": pair[0], "params": 77_000}
     config |= {"weights": weights, "kd_T": 4.0, "options": opt.options, "published": {}, "dataset": opt.dataset}
     config |= {"n_cls": 100, "class_names": [f"c{i}" for i in range(100)], "image_size": 32, "mean": [0.5] * 3}
