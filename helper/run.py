@@ -188,7 +188,7 @@ class Run:
 
     def identity(self, config: dict) -> dict:
         """What must be the same in all parts of a run."""
-        options = {key: value for key, value in config["opt"].items() if key not in self.free}
+        options = {f"--{key}": value for key, value in config["opt"].items() if key not in self.free}
         return {**options, **{key: value for key, value in config.items() if key not in NOT_COMPARED}}
 
     def sha256(self) -> str:
