@@ -12,7 +12,7 @@ import train_teacher
 import transfer_student
 from distiller_zoo import aliases, distiller_dict
 from distiller_zoo.distillation import weights_of
-from scripts import benchmark, convert_checkpoint, plot_corr, plot_curves, plot_tsne, report
+from scripts import benchmark, convert_checkpoint, export_student, plot_corr, plot_curves, plot_tsne, report, run_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PARSERS = {
@@ -24,7 +24,9 @@ PARSERS = {
     "scripts/plot_corr.py": plot_corr.parse,
     "scripts/plot_curves.py": plot_curves.parse,
     "scripts/plot_tsne.py": plot_tsne.parse,
+    "scripts/export_student.py": export_student.parse,
     "scripts/report.py": report.parse,
+    "scripts/run_table.py": run_table.parse,
 }
 
 
