@@ -10,6 +10,7 @@ import train_student
 import train_teacher
 import transfer_student
 from distiller_zoo import distiller_dict
+from helper import build
 from helper.checkpoint import load_network
 from models import create_model
 from tests.common import call
@@ -160,3 +161,23 @@ def test_bad_input(script, flags, named, run, here, tmp_path):
     code, _, err = run(script, *more, *flags)
     assert code == 2 and named in err and err.count("\n") == 1, err
     assert not list(tmp_path.iterdir())
+
+
+def test_teacher_in_bfloat16_has_its_own_normalisation(here, image_folder, monkeypatch):
+    """The copy of the teacher that computes in bfloat16 is made after the network knows the data's mean and std."""
+    seen = {}
+    monkeypatch.setattr(train_student, "opened", lambda runs: seen.update(runs=runs) or pytest.fail("stop"))
+    monkeypatch.setattr(
+        train_student, "move_teacher", lambda t, *args: (build.move_teacher(t, *args), seen.update(t=t))
+    )
+    flags = ["--path_t", here / "resnet18.pth", "--model_t", "torchvision:resnet18", "--dataset", "folder"]
+    flags += ["--data_folder", image_folder, "--device", "cpu", "--precision_t", "bf16", "--output", here / "out"]
+    with pytest.raises(pytest.fail.Exception, match="stop"):
+        train_student.main([*map(str, flags)])
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        _, logit = seen["t"].forward(images, False)
+        expected = seen["t"].model(images)
+        seen["t"].model.renormalise(seen["t"].model.mean, seen["t"].model.std)
+        assert not torch.allclose(seen["t"].model(images), expected, rtol=0.2)
+    torch.testing.assert_close(logit, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
