@@ -28,7 +28,7 @@ from helper.run import Run
 from helper.student import Student, Teacher, forward_of
 from helper.util import RunError, choose_device, has_native_bf16, keep_buffers, seed_all, stream
 from models import create_model, file_name
-from models.external import External
+from models.external import renormalise
 from models.util import feature_shapes
 
 
@@ -202,9 +202,8 @@ def distillation(
     seed_all(opt.seed, "method", method)
     options = {key: value for key, value in getattr(opt, "options", {}).items() if key in method_options(method)}
     nets = [model] if teacher is None or teacher.model is None else [model, teacher.model]
-    for module in (module for net in nets for module in net.modules()):
-        if isinstance(module, External):  # has a normalisation of its own
-            module.renormalise(source.mean, source.std)
+    for net in nets:
+        renormalise(net, source.mean, source.std)
     kd = Distillation(
         method,
         *nets,

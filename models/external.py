@@ -316,3 +316,10 @@ class External(nn.Module):
         for key in [key for key in state if key.startswith(prefix)]:
             state[f"{prefix}net.{key[len(prefix) :]}"] = state.pop(key)
         super()._load_from_state_dict(state, prefix, *args)
+
+
+def renormalise(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Tell the foreign networks in a model the mean and std by which its images are normalised."""
+    for module in model.modules():
+        if isinstance(module, External):
+            module.renormalise(mean, std)

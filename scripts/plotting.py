@@ -18,6 +18,7 @@ from dataset.loader import DeviceLoader, large_batch
 from helper import checkpoint
 from helper.options import Parser, number
 from helper.util import RunError, choose_device
+from models.external import renormalise
 
 # Okabe and Ito's colours, which can be told apart with any colour vision.
 COLOURS = cycler(color=["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999"])
@@ -144,6 +145,8 @@ def load_data(opt: argparse.Namespace, *networks: Network, other_classes: bool =
     source = load_dataset(opt.dataset, opt.data_folder, size, opt.download, opt.num_workers)
     if wrong := [network for network in networks if network.n_cls != source.n_cls and not other_classes]:
         raise RunError(f"{wrong[0].path}: was trained for {wrong[0].n_cls} classes, the data set has {source.n_cls}")
+    for network in networks:
+        renormalise(network.model, source.mean, source.std)
     return source
 
 
