@@ -59,11 +59,11 @@ def main(argv: list[str] | None = None) -> list[Result]:
     source = load_source(opt)
     teacher.check(source)
     train_loader, test_loader, val_loader = make_loaders(source, opt, device)
-    move_teacher(teacher, device, opt)
     if opt.describe:
         describe(opt, source, teacher)
         return []
     students = build_students(opt, source, device, teacher)
+    move_teacher(teacher, device, opt)  # last: in bfloat16 it is a copy, which needs the data set's normalisation
     with opened([student.run for student in students]):
         if teacher.model is not None:
             teacher.compare(validate([teacher.model], test_loader)[0]["acc"])
