@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
         describe(opt, source, teacher)
         return []
     students = build_students(opt, source, device, teacher)
-    move_teacher(teacher, device, opt)
+    move_teacher(teacher, device, opt)  # last: in bfloat16 it is a copy, which needs the data set's normalisation
     with opened([student.run for student in students]):
         if teacher.model is not None:
             teacher.compare(validate([teacher.model], test_loader)[0]["acc"])

@@ -20,6 +20,7 @@ class SimKD(Distiller):
 
     feats = -2
     preact_t = True  # for all teachers the ReLU of it pools to the embedding; WRN's map itself does not
+    reuses_head = True
     weights = {"gamma": 0.0, "alpha": 0.0, "beta": 1.0}
 
     def __init__(

@@ -65,6 +65,7 @@ class Distiller(nn.Module):
     weights = {"gamma": 1.0, "alpha": 0.0, "beta": 1.0}  # published; those named here can be set by -r -a -b
     has_teacher = True
     capturable = True  # whether a step can be captured as a CUDA graph
+    reuses_head = False  # whether the student predicts through the teacher's classifier
     across_batch = False  # whether samples are compared or stored: each of several processes is given the whole batch
     min_batch = 1  # samples that the term compares at least; a last batch of fewer adds a constant
     published: dict[tuple[str, str], dict] = {}  # (teacher, student): weights and options of the authors' for that pair

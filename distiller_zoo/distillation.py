@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from distiller_zoo.base import Distiller, DistillError
 from models import is_house
-from models.util import ModelError, feature_shapes, head
+from models.external import probe_images
+from models.util import ModelError, eval_mode, feature_shapes, head
 
 KD_T = 4.0  # published temperature of the KL term
 
@@ -95,6 +96,7 @@ class Distillation(nn.Module):
     returns, then call end_init().
 
     student, teacher: networks of the contract, as create_model() returns them; the teacher is frozen
+    image_size: by default that for which the foreign networks were built, or 32
     labels: of all training images; gamma, alpha, beta, T, options: the published ones unless given
     Raises DistillError where the method is not defined for the networks.
     """
@@ -107,7 +109,7 @@ class Distillation(nn.Module):
         *,
         labels: Sequence[int] | np.ndarray,
         n_cls: int | None = None,
-        image_size: int = 32,
+        image_size: int | None = None,
         gamma: float | None = None,
         alpha: float | None = None,
         beta: float | None = None,
@@ -121,6 +123,7 @@ class Distillation(nn.Module):
         if cls.has_teacher and teacher is None:
             raise DistillError(f"method {method} needs a teacher")
         nets = {"s": student} if teacher is None else {"s": student, "t": teacher}
+        image_size = image_size or max(getattr(net, "image_size", 32) for net in nets.values())
         shapes = {side: feature_shapes(net, image_size) for side, net in nets.items()}
         self.n_stages = n_stages = None
         if len({len(g) for g in shapes.values()}) > 1 and not all(map(is_house, nets.values())):
@@ -129,7 +132,9 @@ class Distillation(nn.Module):
         data: dict[str, Any] = {f"{side}_shapes": g for side, g in self.shapes.items()}
         data |= {f"{side}_dim": g[-1][1] for side, g in self.shapes.items()}
         data |= {"labels": labels, "n_data": len(labels), "n_cls": n_cls or int(labels.max()) + 1}
-        if (head_t := linear_head(teacher)) is not None:
+        asked = teacher is not None and (cls.reuses_head or "head_t" in cls.needs)
+        head_t = head(teacher) if asked else linear_head(teacher)  # the former says why there is none
+        if head_t is not None:
             data["head_t"] = head_t
         given = {"gamma": gamma, "alpha": alpha, "beta": beta, "kd_T": T, **options}
         given = {key: value for key, value in given.items() if value is not None}
@@ -144,6 +149,8 @@ class Distillation(nn.Module):
         self.options = {key: value for key, value in {**self.published, **options}.items() if key in known}
         self.method, self.distiller = method, create_distiller(method, self.options, **data)
         check_preact(method, self.distiller, student, teacher)
+        if self.distiller.reuses_head and not is_house(teacher):
+            check_pooling(method, self.distiller, teacher, image_size)
         self.student = self.distiller.predictor(student)
         self.teacher, self.head_t = teacher, (head_t,)  # a tuple: it is the teacher's module
         if teacher is not None:
@@ -209,6 +216,20 @@ def weights_of(
         value = given.get(key)
         found[key] = (published or {}).get(key, default) if value is None else value
     return found
+
+
+@torch.no_grad()
+def check_pooling(name: str, distiller: Distiller, teacher: nn.Module, image_size: int) -> None:
+    """Raise DistillError unless the teacher's classifier is given the mean of its last map's ReLU, and nothing else."""
+    weight = next(teacher.parameters())
+    images = probe_images(image_size).to(weight)
+    with eval_mode(teacher):
+        feats, _ = teacher(images, is_feat=True, preact=distiller.preact_t)
+    if not torch.allclose(feats[-2].relu().mean((2, 3)), feats[-1], 1e-3, 1e-3 * float(feats[-1].abs().max())):
+        raise DistillError(
+            f"method {name} reuses the teacher's classifier, but {getattr(teacher, 'arch', 'the teacher')} gives it "
+            "other than the mean of the ReLU of its last map (as with a class token, or a norm behind the pooling)"
+        )
 
 
 def check_preact(name: str, distiller: Distiller, student: nn.Module, teacher: nn.Module | None) -> None:

@@ -28,7 +28,7 @@ from helper.run import Run
 from helper.student import Student, Teacher, forward_of
 from helper.util import RunError, choose_device, has_native_bf16, keep_buffers, seed_all, stream
 from models import create_model, file_name
-from models.external import renormalise
+from models.external import renormalise, stages_of
 from models.util import feature_shapes
 
 
@@ -178,7 +178,7 @@ def describe(opt: argparse.Namespace, source: DataSource, teacher: Teacher) -> N
             shapes = feature_shapes(net, source.train_images.shape[1])
             stages = [f"stage {i}" for i in range(1, len(shapes) - 1)]
             compared = stages[-kd.n_stages :] if kd.n_stages else stages
-            modules = dict(zip(stages, getattr(net, "stages", stages), strict=True))
+            modules = dict(zip(stages, stages_of(net) or [""] * len(stages), strict=True))
             for name, shape in zip(["stem", *stages, "pooled"], shapes, strict=True):
                 about = ("compared  " if name in compared else " " * 10) + modules.get(name, "")
                 print(f"  {name:<8} {' x '.join(map(str, shape[1:])):<16} {about}".rstrip())
@@ -214,7 +214,7 @@ def distillation(
         **{key: getattr(opt, key, None) for key in WEIGHTS},  # a teacher has no such flags
         **options,
     )
-    check_last_batch([shape for g in kd.shapes.values() for shape in g], len(source.train_labels), opt)
+    check_last_batch(kd, len(source.train_labels), opt)
     return kd
 
 
@@ -234,7 +234,7 @@ def build(
     """
     teacher = teacher or Teacher()
     distiller, model = kd.distiller.to(device), kd.student
-    stages = getattr(model, "stages", None)
+    stages = stages_of(model)
     if opt.sync_bn and ranks.world > 1:
         model = sync_batch_norm(model, device)
         if not distiller.across_batch:  # that is given the whole batch
@@ -294,12 +294,14 @@ def restore(student: Student, state: dict, opt: argparse.Namespace) -> None:
         raise RunError(f"{student.run.folder / 'resume.pth'}: does not fit this run ({error})") from error
 
 
-def check_last_batch(shapes: Sequence[Sequence[int]], n_data: int, opt: argparse.Namespace) -> None:
-    """Batch norm has nothing to average over in one image's 1x1 maps."""
-    if (n_data - 1) % opt.batch_size == 0 and any(list(shape[2:]) == [1, 1] for shape in shapes):
+def check_last_batch(kd: Distillation, n_data: int, opt: argparse.Namespace) -> None:
+    """Batch norm has nothing to average over in one image's 1x1 maps, or its vector."""
+    small = any(list(shape[2:]) == [1, 1] for g in kd.shapes.values() for shape in g)
+    small |= any(isinstance(module, nn.BatchNorm1d) and module.training for module in kd.student.modules())
+    if (n_data - 1) % opt.batch_size == 0 and small:
         raise RunError(
             f"--batch_size {opt.batch_size}: leaves one of the {n_data} training images for the last batch, and batch "
-            "norm cannot take a single one where the networks have 1x1 maps; change --batch_size or --image_size"
+            "norm cannot take a single one in 1x1 maps or vectors; change --batch_size or --image_size"
         )
 
 

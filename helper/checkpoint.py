@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 from helper.util import RunError
-from models import create_model, is_known, model_dict, runs_code
+from models import check_name, create_model, inner_name, is_known, model_dict, runs_code
+from models.external import is_external, stages_of
+from models.util import ModelError
 
 OLD = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # how files of torch before 1.6 begin
 SUFFIXES = "", ".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors"
@@ -36,6 +38,7 @@ OTHERS = {  # how other kinds of files begin, and what they are
     PROTOCOLS: "of pickle protocol 4 or 5, which is not read; write it with torch.save's default, protocol 2",
 }
 MOST = 1e9  # epochs, steps, percent, seconds
+How = tuple[int, tuple[str, ...]]  # image size and stages for which a foreign network is built
 
 
 def _number(dtype: np.dtype, data: bytes) -> float:
@@ -158,14 +161,14 @@ def load_network(
     arch: str | None = None,
     flag: str = "--model_t",
     part: str | None = None,
-    stages: list[str] | None = None,
     image_size: int | None = None,
+    stages: Sequence[str] | None = None,
 ) -> tuple[str, int, nn.Module, dict]:
     """Read a network from a checkpoint -> (architecture, classes, network in eval mode, the rest of the file).
 
-    stages, image_size: of a foreign network, where the file does not say; other arguments as of read_network
+    Arguments as of read_network.
     """
-    arch, n_cls, state, about = read_network(path, arch, flag, part, image_size)
+    arch, n_cls, state, about = read_network(path, arch, flag, part, image_size, stages)
     try:
         model = create_model(arch, n_cls, _size(about, image_size), stages or about.get("stages"))
     except ValueError as error:
@@ -179,7 +182,7 @@ def load_weights(model: nn.Module, path: Path, image_size: int) -> None:
     content, own = load(path), model.state_dict()
     states = [state for _, state in _states(content)]
     state = max(states, key=lambda state: sum(key in own for key in state))
-    wide = _own(model.arch, image_size)[1]
+    wide = _own(model.arch, image_size, tuple(stages_of(model) or ()))[1]
     fresh = any(key not in state or not _plain(state[key]) or state[key].shape != own[key].shape for key in wide)
     kept = {key: value for key, value in state.items() if not (fresh and key in wide)}
     try:
@@ -197,6 +200,7 @@ def read_network(
     flag: str = "--model_t",
     part: str | None = None,
     image_size: int | None = None,
+    stages: Sequence[str] | None = None,
 ) -> tuple[str, int, dict[str, torch.Tensor], dict]:
     """Find a known network's weights in a checkpoint -> (architecture, classes, state, the rest of the file).
 
@@ -205,27 +209,37 @@ def read_network(
 
     flag: the caller's option for the architecture, for messages; that for the part is named alike (--part_t)
     part: key or prefix of the weights, where a file holds several networks
+    image_size, stages: of a foreign network, the first only where the file does not say
     """
     content = load(path)
     states = {key: state for key, state in _states(content) if part in (None, key, key.rpartition(".")[2])}
     if not any(_plain(value) for state in states.values() for value in state.values()):
         raise RunError(f"{path}: holds no network weights" + (f" under '{part}'" if part else ""))
     said = content.get("arch")
-    if not arch and isinstance(said, str) and runs_code(said):
-        raise RunError(
-            f"{path}: is a {said:.200}; name the file and class with {flag}, as code is never run from a checkpoint"
-        )
-    named, size = arch or _named(path, content), _size(content, image_size)
+    if not arch and isinstance(said, str) and is_external(said):
+        if runs_code(said):
+            raise RunError(
+                f"{path}: is a {said:.200}; name the file and class with {flag}, as code is never run from a checkpoint"
+            )
+        try:
+            check_name(inner_name(said))
+        except ModelError as error:  # timm is not installed, for one
+            raise RunError(f"{path}: {error}") from error
+    if arch and isinstance(said, str) and runs_code(said) and inner_name(arch) == arch:
+        arch += said.removeprefix(inner_name(said))  # a student of SimKD's is named by the class that it is made from
+    if not stages and "stages" in content and SAID["stages"](content["stages"]):
+        stages = content["stages"]
+    named, how = arch or _named(path, content), (_size(content, image_size), tuple(stages or ()))
     try:
         archs = [named] if named else model_dict
-        fits = _fits(archs, states, size) or _fits([] if arch else model_dict, states, size)
+        fits = _fits(archs, states, how) or _fits([] if arch else model_dict, states, how)
         if len(fits) > 1:
             found = ", ".join(f"{name} in '{key}'" if key else name for name, key in fits)
             option = flag if len({key for _, key in fits}) == 1 else flag.replace("model", "part")
             raise ValueError(f"could be several networks: {found}; choose one with {option}")
-        pairs = fits or [max(product(archs, states), key=lambda pair: _alike(pair[0], states[pair[1]], size))]
+        pairs = fits or [max(product(archs, states), key=lambda pair: _alike(pair[0], states[pair[1]], how))]
         arch, key = pairs[0]
-        n_cls, own = _own_like(arch, states[key], size)
+        n_cls, own = _own_like(arch, states[key], how)
         check_state(arch if fits or named else f"known network (closest: {arch})", own, states[key])
     except ValueError as error:  # ModelError, where the network is unknown
         raise RunError(f"{path}: {error}") from error
@@ -271,32 +285,33 @@ def _named(path: Path, content: dict) -> str | None:
     return max((name for name in model_dict if f"{folder}_".startswith(f"{name}_")), key=len, default=None)
 
 
-def _fits(archs: Iterable[str], states: dict[str, dict], size: int) -> list[tuple[str, str]]:
+def _fits(archs: Iterable[str], states: dict[str, dict], how: How) -> list[tuple[str, str]]:
     """The networks whose names and shapes a state has -> [(architecture, key of the state)]."""
-    pairs = [(arch, key) for arch, key in product(archs, states) if len(states[key]) == len(_own(arch, size)[0])]
-    return [(arch, key) for arch, key in pairs if _alike(arch, states[key], size)[0] == len(states[key])]
+    pairs = [(arch, key) for arch, key in product(archs, states) if len(states[key]) == len(_own(arch, *how)[0])]
+    return [(arch, key) for arch, key in pairs if _alike(arch, states[key], how)[0] == len(states[key])]
 
 
 @functools.cache
-def _own(arch: str, size: int) -> tuple[dict[str, torch.Tensor], list[str]]:
+def _own(arch: str, size: int, stages: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """-> (state without memory of a network of 2 classes, names of the tensors that have an entry for each class)."""
     with torch.random.fork_rng(devices=[]):
-        two, three = (create_model(arch, n, size).state_dict() for n in (2, 3))
+        named = stages if stages and arch not in model_dict else None
+        two, three = (create_model(arch, n, size, named).state_dict() for n in (2, 3))
     wide = [key for key, value in two.items() if value.shape != three[key].shape]
     return {key: value.to("meta") for key, value in two.items()}, wide
 
 
-def _own_like(arch: str, state: dict, size: int) -> tuple[int, dict[str, torch.Tensor]]:
+def _own_like(arch: str, state: dict, how: How) -> tuple[int, dict[str, torch.Tensor]]:
     """-> (classes of a state, state without memory of the network with as many)."""
-    own, wide = _own(arch, size)
+    own, wide = _own(arch, *how)
     weight = state.get(wide[0]) if wide else None
     n_cls = len(weight) if _plain(weight) and weight.dim() and len(weight) else 2
     return n_cls, own | {key: own[key].new_empty(n_cls, *own[key].shape[1:]) for key in wide}
 
 
-def _alike(arch: str, state: dict, size: int) -> tuple[int, int]:
+def _alike(arch: str, state: dict, how: How) -> tuple[int, int]:
     """-> (tensors of a state with a name and shape of the network's, all its tensors)."""
-    _, own = _own_like(arch, state, size)
+    _, own = _own_like(arch, state, how)
     plain = {key: value.shape for key, value in state.items() if _plain(value)}
     return sum(key in own and shape == own[key].shape for key, shape in plain.items()), len(plain)
 

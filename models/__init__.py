@@ -17,7 +17,8 @@ from models.util import ModelError
 from models.vgg import VGG
 from models.wrn import WideResNet
 
-__all__ = ["check_name", "create_model", "default_lr", "file_name", "is_house", "is_known", "model_dict", "runs_code"]
+__all__ = ["check_name", "create_model", "default_lr", "file_name", "inner_name", "is_house", "is_known"]
+__all__ += ["model_dict", "runs_code"]
 
 WIDE = (32, 64, 128, 256)  # stem and stages of the x4 networks
 

@@ -142,7 +142,15 @@ def build_own(name: str, n_cls: int, pretrained: bool) -> tuple[nn.Module, Momen
     net = make(**next(({key: n_cls} for key in ("num_classes", "n_cls") if key in accepted), {}))
     if not isinstance(net, nn.Module):
         raise ModelError(f"{name}: gives a {type(net).__name__}, not a torch.nn.Module")
-    return net, (getattr(type(net), "mean", None), getattr(type(net), "std", None))
+    moments: list[Any] = [getattr(type(net), key, None) for key in ("mean", "std")]
+    mean, std = moments
+    if (mean, std) != (None, None) and not (is_moment(mean) and is_moment(std) and all(std)):
+        raise ModelError(f"{name}: its mean and std should be three numbers each, in 0..1, not {mean} and {std}")
+    return net, (mean, std)
+
+
+def is_moment(values: Any) -> bool:
+    return isinstance(values, list | tuple) and len(values) == 3 and all(0 <= value <= 1 for value in values)
 
 
 def load_class(name: str) -> Callable[..., nn.Module]:
@@ -172,6 +180,22 @@ def load_class(name: str) -> Callable[..., nn.Module]:
 
 def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}"
+
+
+def foreign_parts(net: nn.Module) -> list[External]:
+    """The foreign networks in a network: itself, or what a student of SimKD or a probe is made from."""
+    return [module for module in net.modules() if isinstance(module, External)]
+
+
+def stages_of(net: nn.Module) -> list[str] | None:
+    """The modules whose outputs are the stages of a foreign network; None for ours."""
+    return next((part.stages for part in foreign_parts(net)), None)
+
+
+def renormalise(net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Let a network take images normalised by this mean and std, whatever the foreign networks in it expect."""
+    for part in foreign_parts(net):
+        part.renormalise(mean, std)
 
 
 def probe_images(size: int) -> Tensor:
@@ -254,15 +278,17 @@ class External(nn.Module):
                 net.get_submodule(name).register_forward_hook(Catch(self.caught, name))
             if chosen.classifier:
                 net.get_submodule(chosen.classifier).register_forward_hook(Catch(self.caught, HEAD))
-            feats, _ = self(images, is_feat=True)
+            feats, logit = self(images, is_feat=True)
+            layer = net.get_submodule(chosen.classifier)
+            self.is_linear = isinstance(layer, nn.Linear) and torch.allclose(layer(feats[-1]), logit, 1e-3, 1e-3)
         self.shapes = [f.shape[1:] for f in feats[:-1]]
 
     @property
     def head(self) -> nn.Linear:
-        """The linear classifier; ModelError if it is of another kind."""
+        """The linear classifier; ModelError if the logits are not those of one linear layer."""
         layer = self.net.get_submodule(self.chosen.classifier)
-        if not isinstance(layer, nn.Linear):
-            raise ModelError(f"{self.arch}: its classifier is not a linear layer, which this asks for")
+        if not self.is_linear or not isinstance(layer, nn.Linear):
+            raise ModelError(f"{self.arch}: its logits are not those of one linear layer, which this asks for")
         return layer
 
     def get_feat_modules(self) -> nn.ModuleList:
@@ -316,10 +342,3 @@ class External(nn.Module):
         for key in [key for key in state if key.startswith(prefix)]:
             state[f"{prefix}net.{key[len(prefix) :]}"] = state.pop(key)
         super()._load_from_state_dict(state, prefix, *args)
-
-
-def renormalise(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Tell the foreign networks in a model the mean and std by which its images are normalised."""
-    for module in model.modules():
-        if isinstance(module, External):
-            module.renormalise(mean, std)

@@ -17,7 +17,9 @@ class Reused(nn.Module):
     t_dim: inputs of the classifier; factor: how much narrower the projector is; pool: ratio of the last maps' heights
     """
 
-    def __init__(self, net: nn.Module, t_dim: int, n_cls: int, factor: int = 2, pool: int = 1, image_size: int = 32):
+    def __init__(
+        self, net: nn.Module, t_dim: int, n_cls: int, factor: int = 2, pool: int = 1, image_size: int | None = None
+    ):
         super().__init__()
         if factor > t_dim:
             raise ModelError(f"a projector to {t_dim} channels cannot be {factor} times narrower")

@@ -215,6 +215,9 @@ def check_stages(stages: Sequence[str], net: nn.Module, calls: dict[str, Call]) 
             raise ModelError(f"what {name} returns is overwritten in place; choose the module that does this")
         if call.dim not in (3, 4):
             raise ModelError(f"{name} returns {kind(call.output)}, neither maps (B, C, H, W) nor tokens (B, N, C)")
+    in_order = sorted(set(stages), key=lambda name: calls[name].end)
+    if in_order != list(stages):
+        raise ModelError(f"stages are named once each, in the order in which they run: {','.join(in_order)}")
 
 
 def kind(output: Any) -> str:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from helper import checkpoint
 from helper.options import Parser, network, number
 from helper.util import RunError, cli_errors
-from models import file_name
-from models.external import External
+from models import file_name, inner_name
+from models.external import External, foreign_parts, stages_of
 from scripts.costs import costs
 
 SUFFIXES = {"state_dict": "pth", "safetensors": "safetensors", "onnx": "onnx"}
@@ -40,7 +40,8 @@ def encode(net: nn.Module, layout: str, images: Tensor) -> bytes:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the exporter's, about its own code
-                proto = torch.onnx.export(net, (images,), dynamo=True, verbose=False, **names).model_proto
+                # of a copy: afterwards, the hooks of a foreign network no longer reach it
+                proto = torch.onnx.export(deepcopy(net), (images,), dynamo=True, verbose=False, **names).model_proto
         except torch.onnx.OnnxExporterError as error:
             raise RunError(f"--format onnx: torch cannot export this network ({str(error).splitlines()[0]})") from error
         for part in (proto.graph, *proto.graph.node, *proto.graph.value_info):
@@ -87,16 +88,18 @@ def loading(arch: str, n_cls: int, net: nn.Module, size: int, file: str) -> str:
     if file.endswith(".onnx"):
         session = f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{file}")'
         return f'{session}\nlogits = session.run(None, {{"images": images}})[0]'
-    kind, _, name = arch.rpartition(":")
+    ours = inner_name(arch) != arch or ":" not in arch
+    kind, _, name = ("", "", arch) if ours else arch.rpartition(":")
     options = f'"{name}", num_classes={n_cls}'
     if getattr(net, "pretrained_cfg", {}).get("fixed_input_size"):  # of timm
         options += f", img_size={size}"
     for key in ("image_size", "aux_logits"):  # of torchvision
         options += f", {key}={getattr(net, key)}" if hasattr(net, key) else ""
+    more = f", {size}, {stages_of(net)}" if foreign_parts(net) else ""
     library, model = {
         "timm": ("import timm", f"timm.create_model({options})"),
         "torchvision": ("import torchvision", f"torchvision.models.get_model({options})"),
-        "": ("from models import create_model  # of Distillers", f'create_model("{name}", {n_cls})'),
+        "": ("from models import create_model  # of Distillers", f'create_model("{name}", {n_cls}{more})'),
     }.get(kind, (f"from {Path(kind).stem} import {name}", f"{name}()  # for {n_cls} classes"))
     module, state = "torch", f'torch.load("{file}", weights_only=True)'
     if file.endswith(".safetensors"):
@@ -154,8 +157,9 @@ def main(argv: list[str] | None = None) -> None:
     found = checkpoint.load_network(opt.checkpoint, opt.model, "--model", opt.part, image_size=opt.image_size)
     arch, n_cls, net, about = found
     mean, std = about.get("mean"), about.get("std")
-    if isinstance(net, External):
-        mean, std, net = net.mean or mean, net.std or std, net.net
+    for part in foreign_parts(net):
+        mean, std = part.mean or mean, part.std or std
+    net = net.net if isinstance(net, External) else net
     folder, size = opt.checkpoint.parent, opt.image_size or about.get("image_size", 32)
     cost = costs(net, size)
     facts = {

@@ -155,6 +155,7 @@ def outputs(network: Network, source: DataSource, device: torch.device) -> tuple
     """Pooled features (N, C) and logits (N, n_cls) of the test images, normalised as in training."""
     data = {key: network.about.get(key, getattr(source, key)) for key in ("mean", "std")} | {"device": device}
     loader = DeviceLoader(source.test_images, source.test_labels, large_batch(source.test_images), **data)
+    renormalise(network.model, data["mean"], data["std"])
     model = network.model.to(device, memory_format=torch.channels_last)
     batches = [(feats[-1], logit) for feats, logit in (model(images, is_feat=True) for images, _, _ in loader)]
     features, logits = (torch.cat(parts).cpu().numpy() for parts in zip(*batches, strict=True))
