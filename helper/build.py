@@ -124,8 +124,9 @@ def make_loaders(
             f"--batch_size {opt.batch_size}: leaves {last} of the {n} training images for the last batch, and each of "
             f"the {ranks.world} processes needs two for batch norm; change --batch_size"
         )
-    if len(source.test_labels) < ranks.world:
-        raise RunError(f"there are {len(source.test_labels)} test images for {ranks.world} processes")
+    for labels, what in ((source.test_labels, "test"), (source.val_labels, "held-out")):
+        if labels is not None and len(labels) < ranks.world:
+            raise RunError(f"there are {len(labels)} {what} images for {ranks.world} processes")
     loader: Any = DeviceLoader
     if isinstance(source.train_images, ImageFiles):
         loader = partial(StreamLoader, num_workers=opt.num_workers)
@@ -133,10 +134,11 @@ def make_loaders(
     same |= {"layout": memory_format(opt), "share": share}
     drawn = {"augment": opt.augment, "flip": source.flip, "seed": opt.seed}
     train = loader(source.train_images, source.train_labels, opt.batch_size, **drawn, **same)
-    test = loader(source.test_images, source.test_labels, large_batch(source.test_images), **same)
+    large = large_batch(source.test_images) * ranks.world
+    test = loader(source.test_images, source.test_labels, large, **same)
     if source.val_images is None:
         return train, test, None
-    return train, test, loader(source.val_images, source.val_labels, large_batch(source.val_images), **same)
+    return train, test, loader(source.val_images, source.val_labels, large, **same)
 
 
 def build_students(
@@ -236,9 +238,9 @@ def build(
     distiller, model = kd.distiller.to(device), kd.student
     stages = stages_of(model)
     if opt.sync_bn and ranks.world > 1:
-        model = sync_batch_norm(model, device)
+        sync_batch_norm(model, device)
         if not distiller.across_batch:  # that is given the whole batch
-            distiller = sync_batch_norm(distiller, device)
+            sync_batch_norm(distiller, device)
     config = {
         "role": role,
         **about,

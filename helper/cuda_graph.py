@@ -12,12 +12,11 @@ from helper.student import Student
 
 WARM_UP = 3  # eager steps before capture: kernels choose their algorithms, the optimizer makes its momentum
 
-
 Plan = Tensor | tuple[Tensor, ...]
 
 
 class CudaGraph:
-    """Runs a step on a plan (.., batch_size), or a tuple of such, from the fourth call on by replaying its graph.
+    """Runs a step on a loader's plan of batch_size images, from the fourth call on by replaying its graph.
 
     A batch of another size (the short last one) is run eagerly. A new capture is made when the students change. All
     steps run on a stream of their own, as capture and the steps before it must.
@@ -77,7 +76,8 @@ class CudaGraph:
         try:
             for generator in own if torch.__version__ < (2, 14) else ():  # later versions find them
                 graph.register_generator_state(generator)
-            with torch.cuda.graph(graph, stream=self.stream):
+            # thread_local: meanwhile a DataLoader's thread may pin the next batches
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 step(self.plan)
         except RuntimeError as error:
             first = error

@@ -72,7 +72,7 @@ def train(
     for i, plan in enumerate(progress(loader.plans(), f"{stage}epoch {epoch}", len(loader) - first), first + 1):
         # after a kill, students may stand at different steps: each joins where it was saved
         active = [student for student in students if student.run.step < i]
-        seed = stream(opt.seed, "step", stage, f"{epoch}", f"{i}")
+        seed = stream(opt.seed, "step", stage, f"{epoch}", f"{i}", f"{ranks.rank}")
         for generator in torch.cuda.default_generators:  # none on the CPU
             generator.manual_seed(seed)
         if ranks.world > 1:
@@ -99,7 +99,8 @@ def train(
     students = drop_nonfinite(students, epoch)
     for student in students:
         student.run.step = 0
-        ranks.share_buffers(student.model)
+        for module in student.trained if stage else [student.model]:  # what is used or saved as it is from now on
+            ranks.share_buffers(module)
     return students
 
 
@@ -226,7 +227,7 @@ def graph_of(students: list[Student], opt) -> CudaGraph | None:
 
 def record(student: Student, epoch: int, lr: float, test: dict[str, Any], val: dict[str, Any], opt) -> None:
     """An epoch's line, curves and checkpoints; resume.pth comes last, and so stands for all of them."""
-    run, means = student.run, student.meters.read()
+    run, means, device = student.run, student.meters.read(), student.epoch.device
     run.tick()
     run.epoch, run.last = epoch, test["acc"]
     better = test["acc"] > run.best or epoch == 1
@@ -246,7 +247,7 @@ def record(student: Student, epoch: int, lr: float, test: dict[str, Any], val: d
         **{f"val_{name}": value for name, value in val.items()},
         **({"chosen_acc": run.chosen} if val else {}),
         "seconds": run.seconds,
-        **({"peak_mib": torch.cuda.max_memory_allocated() / 2**20} if student.epoch.is_cuda else {}),  # of the process
+        **({"peak_mib": torch.cuda.max_memory_allocated(device) / 2**20} if device.type == "cuda" else {}),
     }
     run.write_line({key: rounded(value) for key, value in line.items()})
     tags = ("train_acc", "train_loss", "test_acc", "test_acc_top5", "test_macro_f1", "test_loss")

@@ -146,7 +146,7 @@ def parser_for(description: str, **defaults) -> Parser:
     add("--lr_decay_epochs", type=epochs_list, default="150,180,210", help="epochs after which it decays (%(default)s)")
     add("--lr_decay_rate", type=number(float, 0, 10), default=0.1, help="(0.1)")
     add("--weight_decay", type=number(float, 0), default=5e-4, help="(%(default)s)")
-    add("--momentum", type=share, default=0.9, help="(0.9)")
+    add("--momentum", type=share, default=0.9, help="of sgd (0.9)")
     add("--dataset", **named("data set", dataset_dict), default="cifar100", help="see below (%(default)s)")
     add("--data_folder", free=True, type=Path, default=Path("data"), help="where the data set is or is put (./data)")
     add("--test_folder", free=True, metavar="NAME", help="of --dataset folder: its test images (test/, or val/)")
@@ -159,7 +159,7 @@ def parser_for(description: str, **defaults) -> Parser:
         "--val_split",
         type=number(float, 0, 0.9),
         default=0.0,
-        help="share of the training images held out to select the best epoch",
+        help="share of the training images held out to select the best epoch (0)",
     )
     add(
         "--save_minutes",

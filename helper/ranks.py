@@ -17,6 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+from models.util import ModelError
 
 TIMEOUT = timedelta(days=1)  # the others wait while one decodes a data set; torchrun notices a process that has died
 
@@ -173,10 +176,18 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         return (x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x).to(dtype)
 
 
-def sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Let batch norm average over the shares of all ranks."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+def sync_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Let batch norm average over the shares of all ranks. Raises ModelError for an unknown kind of it.
+
+    In place, as PyTorch's own conversion would lose hooks, and the activation that is a part of timm's batch norm.
+    """
     for module in model.modules():
-        if isinstance(module, nn.SyncBatchNorm) and device.type == "cpu":
-            module.__class__ = SyncBatchNorm
-    return model
+        if isinstance(module, BatchNorm):
+            kind: type = SyncBatchNorm if device.type == "cpu" else nn.SyncBatchNorm
+            if type(module).__module__.startswith("timm."):
+                from timm.layers import SyncBatchNormAct
+
+                kind = type("SyncBatchNormAct", (SyncBatchNormAct, kind), {})
+            elif type(module).__module__ != BatchNorm.__module__:
+                raise ModelError(f"--sync_bn: {type(module).__name__} is a batch norm of the network's own")
+            module.__class__, module.process_group = kind, None

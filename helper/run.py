@@ -27,6 +27,9 @@ PROGRESS = ("init_epoch", "epoch", "step", "last", "best", "best_epoch", "chosen
 PROGRESS += ("seconds",)
 # entries of config.json; the options in `opt` are compared one by one
 NOT_COMPARED = {"opt", "parts", "class_names", "published"}
+# what runs of 0.1.0 did, whose config.json does not say so; other entries that are missing there are not compared
+BEFORE = {"--augment": "crop", "--optimizer": "sgd", "--schedule": "step", "--warmup_epochs": 0, "--weights": None}
+BEFORE |= {"--tf32": True, "batch_norm_shares": 1}
 
 
 class Run:
@@ -75,7 +78,7 @@ class Run:
         try:
             config = json.loads(checkpoint.read_text(path))
             before, epochs, parts = (
-                self.identity(config),
+                BEFORE | self.identity(config),
                 int(config["opt"]["epochs"]),
                 list(map(dict, config["parts"])),
             )
@@ -84,7 +87,6 @@ class Run:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise RunError(f"{path}: damaged ({error}): choose another --trial or --output") from error
         now = self.identity(json.loads(json.dumps(self.config)))
-        # what an older version did not write is not compared
         differ = [
             f"{key}: {before[key]} there, {now[key]} here" for key in now if before.get(key, now[key]) != now[key]
         ]

@@ -292,7 +292,8 @@ def make_optimizer(params: list[nn.Parameter], lr: float, opt) -> torch.optim.Op
     device = params[0].device
     lr = torch.tensor(lr, device=device, dtype=torch.float32 if device.type == "cuda" else torch.float64)
     if opt.optimizer == "adamw":
-        return torch.optim.AdamW(params, lr=lr, weight_decay=opt.weight_decay, fused=True)
+        # capturable: or its step refuses to be captured
+        return torch.optim.AdamW(params, lr=lr, weight_decay=opt.weight_decay, fused=True, capturable=True)
     return torch.optim.SGD(params, lr=lr, momentum=opt.momentum, weight_decay=opt.weight_decay, fused=True)
 
 

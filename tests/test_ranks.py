@@ -3,6 +3,7 @@
 Called as a script, this file is what torchrun starts; in plain Python the same is the reference.
 """
 
+import copy
 import json
 import math
 import os
@@ -18,13 +19,15 @@ import torch
 from dataset import load_dataset
 from dataset.loader import DeviceLoader
 from distiller_zoo import distiller_dict
+from helper.build import make_loaders
 from helper.checkpoint import load_network
 from helper.interrupt import Interrupted, interrupt
 from helper.loops import train, validate
-from helper.ranks import Ranks, ranks
+from helper.ranks import Ranks, ranks, sync_batch_norm
 from helper.run import opened
 from helper.util import cli_errors
 from models import create_model
+from models.util import ModelError
 from tests.common import as_teacher, calibrate, make_opt, make_source, make_student
 from tests.test_resume import results, same
 
@@ -57,9 +60,9 @@ def state(student):
     return {f"{part}.{key}": value.clone() for part, values in parts.items() for key, value in values.items()}
 
 
-def build_student(name, teacher, out):
+def build_student(name, teacher, out, flags=("--sync_bn",)):
     few = ["--nce_k", "6"] if "crd" in name else []
-    opt = make_opt(name, flags=["--batch_size", "16", "--sync_bn", *few])
+    opt = make_opt(name, flags=["--batch_size", "16", *flags, *few])
     return opt, make_student(name, opt, DATA, teacher, out)
 
 
@@ -113,6 +116,9 @@ def main():
     net = create_model("resnet8", 5)
     found["validate"] = validate([net], make_loader(DATA.test_images[:7], DATA.test_labels[:7], 3))[0]  # 3, 3 and 1
     if ranks.world > 1:
+        opt, factor = build_student("factor", teacher, out / "factor", flags=())
+        train(1, loader, teacher, [factor], opt, stage="init_")
+        found["frozen"] = factor.distiller.state_dict()
         found["closed"] = close_one(teacher, loader, out / "closed")
         for name in ACROSS:
             distiller_dict[name].across_batch = False
@@ -123,6 +129,35 @@ def main():
 
 
 # --- the tests ---
+
+
+@pytest.mark.parametrize("name", ["timm:test_efficientnet", "torchvision:mobilenet_v3_small"])
+def test_sync_bn_leaves_foreign_networks_what_they_are(name):
+    """Their hooks, and the activation that is a part of timm's batch norm."""
+    torch.manual_seed(0)
+    net, images, found = create_model(name, 5), torch.randn(4, 3, 32, 32), []
+    for each in (copy.deepcopy(net), net):
+        if each is net:
+            sync_batch_norm(net, torch.device("cpu"))
+        torch.manual_seed(1)  # of dropout
+        found.append([each.train()(images, is_feat=True), each.eval()(images, is_feat=True), each.state_dict()])
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+def test_sync_bn_refuses_what_it_does_not_know():
+    with pytest.raises(ModelError, match="Whitening"):
+        sync_batch_norm(torch.nn.Sequential(type("Whitening", (torch.nn.BatchNorm2d,), {})(3)), torch.device("cpu"))
+
+
+def test_every_process_has_test_images(monkeypatch):
+    """Also of a size of which one validates few at a time."""
+    data, counts = make_source(40, 5, 400), []
+    for rank in range(4):
+        monkeypatch.setattr(ranks, "rank", rank)
+        monkeypatch.setattr(ranks, "world", 4)
+        _, test_loader, _ = make_loaders(data, make_opt("none", flags=["--batch_size", "16"]), torch.device("cpu"))
+        counts.append(sum(len(target) for _, target, _ in test_loader))
+    assert min(counts) > 0 and sum(counts) == 18
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +200,16 @@ def test_uneven_shares_are_weighted(found):
 
 
 @pytest.mark.slow
+def test_what_a_first_stage_leaves_is_the_same_everywhere(found):
+    """Batch statistics that each process takes of its own share: frozen modules go on with the first one's."""
+    assert same(found[0]["frozen"], found[1]["frozen"])
+
+
+@pytest.mark.slow
 def test_each_test_image_counts_once(found):
     first, second, one = (each["validate"] for each in found)
-    assert first == second and first == pytest.approx(one, rel=1e-12)
+    assert first == second and first.keys() == one.keys()
+    assert all(first[key] == pytest.approx(value, rel=1e-12) for key, value in one.items())
 
 
 @pytest.mark.slow
@@ -227,13 +269,24 @@ def test_an_interrupted_run_ends_as_a_whole_one(command, image_folder, tmp_path)
     test_loader = DeviceLoader(data.test_images, data.test_labels, 12, mean=data.mean, std=data.std)
     net = load_network(next((tmp_path / "whole").rglob("*_crd_*/resnet8_last.pth")))[2]
     last = whole["crd"][0][-1]
-    expected = {key: last[f"test_{key}"] for key in ("acc", "acc_top5", "loss")}
-    assert validate([net], test_loader)[0] == pytest.approx(expected)
+    (now,) = validate([net], test_loader)
+    for key in ("acc", "acc_top5", "loss", "macro_f1"):
+        assert now[key] == pytest.approx(last[f"test_{key}"])
 
     # one process has other batches to take the statistics of
     plain = [sys.executable, *command[len(TORCHRUN) :], tmp_path / "cut"]
     done = subprocess.run(plain, capture_output=True, text=True)
     assert done.returncode == 2 and "batch_norm_shares: 2 there, 1 here" in done.stderr
+
+
+@pytest.mark.slow
+def test_streamed_shares_are_those_of_a_set_in_memory(command, tmp_path):
+    path_t = command[command.index("--path_t") + 1]
+    flags = ["--model", "resnet8", "--epochs", "1", "--num_workers", "1", "--stream", "--output", tmp_path]
+    data = command[command.index("--dataset") : command.index("--distill")]
+    subprocess.run([*TORCHRUN, ROOT / "train_teacher.py", *data, *flags, "--batch_size", "18"], check=True)
+    (streamed,) = tmp_path.rglob("resnet8_last.pth")
+    assert same(*(torch.load(path, weights_only=True)["model"] for path in (path_t, streamed)))
 
 
 @pytest.mark.slow

@@ -200,8 +200,7 @@ class OurLoop(Loop):
     def epoch(self) -> None:
         if len(train(1, self.loader, self.teacher, self.students, self.opt, self.graph)) < len(self.students):
             raise RunError("a loss is not finite any more")
-        for student in self.students:
-            validate([student.model], self.test_loader)
+        validate([student.model for student in self.students], self.test_loader)
 
 
 class Images(Dataset):

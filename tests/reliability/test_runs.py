@@ -150,6 +150,21 @@ def test_detect_anomaly_names_the_operation(data, path_t, tmp_path, monkeypatch,
     assert "Traceback" not in err
 
 
+def test_a_run_of_an_older_version_goes_on_as_it_began(data, tmp_path, monkeypatch, capsys):
+    """Its config.json does not name the newer options; they had the values that are the defaults now."""
+    args = [*data, "--model", "resnet8", "--output", tmp_path, "--epochs"]
+    assert call(train_teacher, [*args, "1"], monkeypatch, capsys)[0] == 0
+    path = folder_of(tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    del config["batch_norm_shares"]
+    for key in ("augment", "optimizer", "schedule", "warmup_epochs", "weights", "tf32", "stream", "sync_bn"):
+        del config["opt"][key]
+    path.write_text(json.dumps(config))
+    code, _, err = call(train_teacher, [*args, "2", "--augment", "none"], monkeypatch, capsys)
+    assert code == 2 and "--augment: crop there, none here" in err
+    assert call(train_teacher, [*args, "2"], monkeypatch, capsys)[0] == 0
+
+
 # --- honest accuracy ---
 
 
