@@ -145,8 +145,6 @@ def load_data(opt: argparse.Namespace, *networks: Network, other_classes: bool =
     source = load_dataset(opt.dataset, opt.data_folder, size, opt.download, opt.num_workers)
     if wrong := [network for network in networks if network.n_cls != source.n_cls and not other_classes]:
         raise RunError(f"{wrong[0].path}: was trained for {wrong[0].n_cls} classes, the data set has {source.n_cls}")
-    for network in networks:
-        renormalise(network.model, source.mean, source.std)
     return source
 
 
