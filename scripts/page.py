@@ -1,11 +1,11 @@
-"""The report as one HTML page without dependencies, as a LaTeX table and as CSV."""
+"""The report as one HTML page without dependencies, as Markdown, as a LaTeX table and as CSV."""
 
 import csv
 import io
 import json
 import re
 import string
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from urllib.parse import quote
 
@@ -29,14 +29,20 @@ FILES = ("config.json", "metrics.jsonl")
 
 def html(numbers: dict) -> str:
     """The page; all text that comes from a run's files is escaped."""
+    with matplotlib.rc_context(PLAIN):
+        body = [accuracy(numbers), over_pairs(numbers), cost(numbers), run_list(numbers["runs"])]
+    content = json.dumps(numbers, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    parts = {"title": escape(numbers["title"]), "summary": escape(summary(numbers)), "body": "\n".join(body)}
+    return TEMPLATE.substitute(parts, json=content)
+
+
+def summary(numbers: dict) -> str:
+    """How many runs there are, and what made them."""
     runs = numbers["runs"]
     states = [f"{n} {s}" for s in ("finished", "failed", "unfinished") if (n := sum(run["state"] == s for run in runs))]
-    summary = f"Runs: {', '.join(states)}; {numbers['hours']:.3g} hours of training; commit "
-    summary = escape(summary + ", ".join(sorted({run["commit"] for run in runs})))
-    with matplotlib.rc_context(PLAIN):
-        body = [accuracy(numbers), over_pairs(numbers), cost(numbers), run_list(runs)]
-    content = json.dumps(numbers, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return TEMPLATE.substitute(title=escape(numbers["title"]), summary=summary, body="\n".join(body), json=content)
+    devices, commits = (", ".join(sorted({run[key] for run in runs})) for key in ("device", "commit"))
+    hours = f"{hours:.3g} hours" if (hours := numbers["hours"]) >= 1 else f"{60 * hours:.3g} minutes"
+    return f"Runs: {', '.join(states)}; {hours} of training on {devices}; commit {commits}"
 
 
 def embedded(text: str) -> dict:
@@ -51,6 +57,14 @@ def grid(head: list[str], rows: list[list], kind: str = "") -> str:
     return f'<div class="wide"><table class="{kind}"><thead><tr>{heads}<tbody>{"".join(lines)}</table></div>'
 
 
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows of plain text, the head first."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
+
+
 def spread(mean: float, sd: float | None) -> str:
     return f"{mean:.2f}" if sd is None else f"{mean:.2f} <small>± {sd:.2f}</small>"
 
@@ -59,11 +73,15 @@ def highest(numbers: dict, pair: str, key: str) -> float | None:
     return max((row[pair][key][0] for row in numbers["cells"].values() if key in row.get(pair, {})), default=None)
 
 
+def most_trials(numbers: dict) -> int:
+    return max((len(cell["trials"]) for row in numbers["cells"].values() for cell in row.values()), default=0)
+
+
 def accuracy(numbers: dict) -> str:
     """The table of methods by pairs. Each cell holds all its views, and CSS shows the one that is chosen."""
     pairs, control = numbers["pairs"], escape(str(numbers["control"]))
     cells = [cell for row in numbers["cells"].values() for cell in row.values()]
-    most = max((len(cell["trials"]) for cell in cells), default=0)
+    most = most_trials(numbers)
     views = [view for view in VIEWS if any(cell.get(view) for cell in cells)]
     found = {view: [d["mean"] for cell in cells if (d := difference(cell, view))] for view in MARKED}
     widest = {view: max(map(abs, values), default=0) or 1 for view, values in found.items()}
@@ -76,18 +94,13 @@ def accuracy(numbers: dict) -> str:
         notes += [f"{cell[state]} {state}" for state in ("failed", "unfinished") if cell[state]]
         note, spans = f"<em>{', '.join(notes)}</em>" * bool(notes), []
         for view in views:
-            text, kind = "-", view
+            kind = view
             if view in MARKED and cell.get(view):
-                d = difference(cell, view)
-                sign, side = ("+", "up") if d["mean"] > 0 else (MINUS, "down")
-                text = f"{sign}{spread(abs(d['mean']), d['half'])}{MARKS.get(d.get('verdict'), '')}"
-                kind += f' {side}" style="--s:{abs(d["mean"]) / widest[view]:.2f}'
-            elif view == "seconds" and cell["trials"]:
-                text = f"{cell['seconds']:.3g}" + f" <small>/ {cell['together']}</small>" * (cell["together"] > 1)
-            elif cell.get(view):
-                text = spread(*cell[view])
+                d = difference(cell, view)["mean"]
+                kind += f' {"up" if d > 0 else "down"}" style="--s:{abs(d) / widest[view]:.2f}'
+            elif view != "seconds" and cell.get(view):
                 kind += " top" * (cell[view][0] == highest(numbers, pair, view))
-            spans.append(f'<span class="{kind}">{text}{note}</span>')
+            spans.append(f'<span class="{kind}">{value(cell, view)}{note}</span>')
         return f'<button data-method="{escape(method)}" data-pair="{escape(pair)}">{"".join(spans)}</button>'
 
     radios = ""
@@ -105,6 +118,19 @@ def accuracy(numbers: dict) -> str:
     about += published_note(cells)
     table = grid(head, rows, "accuracy") if rows else "<p>There are no students here.</p>"
     return f'<h2>Accuracy</h2><div class="views">{radios}</div>{table}<p class="soft">{about}</p>'
+
+
+def value(cell: dict, view: str) -> str:
+    """A cell's number in a view."""
+    if not cell.get(view):
+        return "-"
+    if view in MARKED:
+        d = difference(cell, view)
+        text = f"{'+' if d['mean'] >= 0 else MINUS}{spread(abs(d['mean']), d['half'])}"
+        return text + MARKS.get(d["verdict"], "")
+    if view == "seconds":
+        return f"{cell['seconds']:.3g}" + f" <small>/ {cell['together']}</small>" * (cell["together"] > 1)
+    return spread(*cell[view])
 
 
 def difference(cell: dict, view: str) -> dict | None:
@@ -125,36 +151,49 @@ def published_note(cells: list[dict]) -> str:
     return "No published numbers are known for these pairs and methods."
 
 
-def over_pairs(numbers: dict) -> str:
-    """Methods against the control over pairs, and what could have been found at all."""
-    found, control = numbers["across"], escape(str(numbers["control"]))
+def tests(numbers: dict) -> tuple[list[str], list[list]]:
+    """Head and rows of the table of methods against the control over pairs."""
     rows = []
-    for method, row in found.items():
+    for method, row in numbers["across"].items():
         better = "{:.2f} <small>{:.2f} to {:.2f}</small>".format(*row["beats"]) if "beats" in row else "-"
         ps = [f"{row[key]:.2g}" for key in ("p", "holm")]
         mean = f"{row['mean']:+.2f}".replace("-", MINUS)
         rows.append([escape(method), row["pairs"], mean, row["higher"], row["lower"], *ps, better])
-    head = f"against {control},pairs,mean difference,higher,lower,Wilcoxon p,Holm p,P(better)".split(",")
-    text = grid(head, rows) if rows else f"<p>This needs two pairs with runs of {control} and of another method.</p>"
+    head = ["pairs", "mean difference", "higher", "lower", "Wilcoxon p", "Holm p", "P(better)"]
+    return [f"against {escape(str(numbers['control']))}", *head], rows
+
+
+def limits(numbers: dict) -> list[str]:
+    """What could have been found at all."""
+    found = numbers["across"]
+    n = max((row["pairs"] for row in found.values()), default=len(numbers["pairs"]))
+    least = 2.0 ** (1 - n)
+    holm = min(1.0, least * len(found))
+    over = f"With {n} pairs, Wilcoxon's p cannot be below {least:.2g}"
+    if found:
+        over += f", nor below {holm:.2g} after Holm's correction for {len(found)} methods"
+        over += ": <b>nothing here can be significant</b>" * (holm >= 0.05)
+    power = [f"{trials} trials find {d:.1f} standard deviations" for trials, d in numbers["detectable"].items()]
+    return [
+        f"{over}. Seven pairs or fewer can show nothing about four methods or more.",
+        *[f"Within a pair, {', '.join(power)} (Welch's test, 80% power)."] * bool(power),
+        "P(better): a trial beats the control's of the same seed; bootstrap interval over pairs and trials.",
+        "Pairs share data and teachers, so they are not independent: p and intervals are too optimistic.",
+    ]
+
+
+def over_pairs(numbers: dict) -> str:
+    """Methods against the control over pairs."""
+    text = f"<p>This needs two pairs with runs of {escape(str(numbers['control']))} and of another method.</p>"
+    if numbers["across"]:
+        text = grid(*tests(numbers))
     if numbers["rank"]:
         text += (
             f"<details><summary>Critical-difference diagram</summary>{rank_figure(**numbers['rank'])}<p class='soft'>"
             "Mean ranks over the pairs, 1 is best; bars join methods that Nemenyi's test does not distinguish. Its "
             "verdict on two methods depends on which others are in the table.</p></details>"
         )
-    n = max((row["pairs"] for row in found.values()), default=len(numbers["pairs"]))
-    least = 2.0 ** (1 - n)
-    holm = min(1.0, least * len(found))
-    limits = f"<li>With {n} pairs, Wilcoxon's p cannot be below {least:.2g}"
-    if found:
-        limits += f", nor below {holm:.2g} after Holm's correction for {len(found)} methods"
-        limits += ": <b>nothing here can be significant</b>" * (holm >= 0.05)
-    limits += ". Seven pairs or fewer can show nothing about four methods or more."
-    power = [f"{trials} trials find {d:.1f} standard deviations" for trials, d in numbers["detectable"].items()]
-    limits += f"<li>Within a pair, {', '.join(power)} (Welch's test, 80% power)." * bool(power)
-    limits += "<li>P(better): a trial beats the control's of the same seed; bootstrap interval over pairs and trials."
-    limits += "<li>Pairs share data and teachers, so they are not independent: p and intervals are too optimistic."
-    return f'<h2>Over pairs</h2>{text}<ul class="soft">{limits}</ul>'
+    return f'<h2>Over pairs</h2>{text}<ul class="soft">{"".join(f"<li>{limit}" for limit in limits(numbers))}</ul>'
 
 
 def svg(figure: Figure) -> str:
@@ -200,15 +239,21 @@ def cost(numbers: dict) -> str:
         x, y = [cell["seconds"] / cell["together"] for cell in cells], [cell["last"][0] for cell in cells]
         axes.scatter(x, y, label=pair.replace("->", " → ")[:60], **style)
     axes.grid(alpha=0.25)
+    axes.set_xlim(left=0)  # methods of one call share the clock: their times differ by nothing that matters
     if numbers["pairs"]:
         figure.legend(loc="outside right upper", fontsize=8)
+    picture = svg(figure) if numbers["pairs"] else ""
+    return f'<h2>Cost</h2><div class="figures">{picture}{grid(*networks(numbers))}</div>'
+
+
+def networks(numbers: dict) -> tuple[list[str], list[list]]:
+    """Head and rows of the table of networks."""
     rows = []
     for name, net in numbers["networks"].items():
         macs = f"{net['macs'] / 1e6:,.1f}" if "macs" in net else "-"
         ms = f"{net['latency_ms']:.2f}" if "latency_ms" in net else "-"
         rows.append([escape(name), f"{net['params']:,}", macs, ms, spread(*net["taught"]) if net["taught"] else "-"])
-    table = grid(["network", "parameters", "million MACs", "CPU ms, 1 image, 1 thread", "accuracy as teacher"], rows)
-    return f'<h2>Cost</h2><div class="figures">{svg(figure) if numbers["pairs"] else ""}{table}</div>'
+    return ["network", "parameters", "million MACs", "CPU ms, 1 image, 1 thread", "accuracy as teacher"], rows
 
 
 def run_list(runs: list[dict]) -> str:
@@ -230,6 +275,45 @@ def run_list(runs: list[dict]) -> str:
         more = f"<details><summary>command</summary><code>{escape(more)}</code></details>"
         rows.append([*(escape(str(value)) for value in about), files, escape(run["commit"]), sha256, more])
     return f"<h2>Runs</h2><details><summary>All {len(rows)} runs</summary>{grid(head, rows, 'runs')}</details>"
+
+
+def markdown(numbers: dict) -> str:
+    """The page's tables: accuracy in the last epoch, differences to the control, tests over pairs, networks."""
+    pairs, most = numbers["pairs"], most_trials(numbers)
+
+    def plain(content: object) -> str:  # of HTML
+        text = unescape(re.sub("<[^>]*>", "", str(content)))
+        return text.replace("<", "&lt;").replace("|", "\\|")
+
+    def table(head: list[str], rows: list[list]) -> str:
+        return markdown_table([[plain(content) for content in row] for row in (head, *rows)])
+
+    def cell(method: str, pair: str, view: str) -> str:
+        cell = numbers["cells"][method].get(pair, {"trials": ()})
+        n, text = len(cell["trials"]), value(cell, view)
+        if view == "last" and n:
+            text = f"**{text}**" if cell[view][0] == highest(numbers, pair, view) else text
+            text += f" (n {n})" * (n < most)
+        return text
+
+    def accuracies(view: str) -> str:
+        head = ["teacher -> student", *(pair.replace("->", " -> ") for pair in pairs)]
+        rows = [[escape(method), *(cell(method, pair, view) for pair in pairs)] for method in numbers["cells"]]
+        return table([escape(text) for text in head], rows)
+
+    parts = [
+        f"{plain(escape(summary(numbers)))}.",
+        f"Test accuracy after the last epoch in percent: mean ± standard deviation over {most} trials, or n. Bold: the "
+        "highest mean of a pair, significant or not.",
+        accuracies("last"),
+        f"Difference to {plain(escape(str(numbers['control'])))} over shared seeds, ± half the 95% interval of a "
+        "paired t test. ≈ and ≠: within and beyond noise, that is the interval of this one difference.",
+        accuracies("vs"),
+        f"Methods over pairs:\n\n{table(*tests(numbers))}" if numbers["across"] else "",
+        "\n".join(f"- {re.sub('</?b>', '**', limit)}" for limit in limits(numbers)),
+        table(*networks(numbers)),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def csv_text(numbers: dict) -> str:

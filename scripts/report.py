@@ -4,9 +4,10 @@
     python scripts/report.py save --control none
     python scripts/report.py --check save
 
-Prints a table of the runs and writes to the folder: this table and the curves (report.md, report.png); a page with the
-methods compared over pairs of networks and trials (report.html) and its table for LaTeX (table.tex); every run with its
-numbers, command and checkpoint (report.csv). --check recomputes these from the logs: exit code 1 if a file differs.
+Prints a table of the runs and writes to the folder: a page with the methods compared over pairs of networks and trials
+(report.html), its tables as Markdown (report.md) and for LaTeX (table.tex); every run with its numbers, command and
+checkpoint (report.csv); the curves (report.png). --check recomputes all but the curves from the logs: exit code 1 if a
+file differs.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from scripts.compare import analyse, digest, facts
 from scripts.plot_curves import curves
 from scripts.plotting import DAMAGED, begun, find_runs, shown, write_picture
 
-NAMES = ("report.html", "report.csv", "table.tex")
+NAMES = ("report.html", "report.md", "report.csv", "table.tex")
 DRAWN_BY = f"Matplotlib v{matplotlib.__version__}"
 
 
@@ -40,10 +41,7 @@ def table(runs: list[dict]) -> str:
         rows.append(row)
     if all(row[4] == "-" for row in rows[1:]):
         rows = [row[:4] + row[5:] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in aligned)
+    return page.markdown_table(rows)
 
 
 def make(
@@ -57,7 +55,8 @@ def make(
     for run in runs:
         run["sha256"] = digest(root / run["folder"]) or sums.get(run["folder"])
     numbers = {"title": title, **analyse(runs, control, latency)}
-    return dict(zip(NAMES, (page.html(numbers), page.csv_text(numbers), page.latex(numbers)), strict=True))
+    texts = page.html(numbers), page.markdown(numbers), page.csv_text(numbers), page.latex(numbers)
+    return dict(zip(NAMES, texts, strict=True))
 
 
 def check(found: list[dict], root: Path) -> None:
@@ -104,11 +103,10 @@ def main(argv: list[str] | None = None) -> None:
         return check(found, root)
     texts = make(found, root, shown(root.resolve().name), opt.control, {}, {})
     runs = begun(found)
-    text = table(runs)
-    print(f"{text}\nStudents of one call share the teacher and the clock: the seconds are those of the whole call.")
-    for name, content in {"report.md": f"{text}\n", **texts}.items():
+    print(table(runs))
+    print("Students of one call share the teacher and the clock: the seconds are those of the whole call.")
+    for name, content in texts.items():
         checkpoint.write(root / name, content.encode())
-    print(f"table: {root / 'report.md'}")
     write_picture(curves(runs, ["test_acc", "test_loss"]), root / "report.png")
     print(f"page: {root / 'report.html'}")
 

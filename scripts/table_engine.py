@@ -34,6 +34,8 @@ POLL = 0.2  # seconds
 TRIES = 3  # of a task that fails
 LAST = 5  # lines of its log that are shown
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+# Ray ends the children of a worker whose driver has died by SIGKILL: they could not save
+WORKER = {"RAY_kill_child_processes_on_worker_exit": "0"}
 
 
 class Cell(NamedTuple):
@@ -193,7 +195,7 @@ class Ray:
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
             local = {"include_dashboard": False} if address == "local" else {}
-            ray.init(address, log_to_driver=False, **local)
+            ray.init(address, log_to_driver=False, runtime_env={"env_vars": WORKER}, **local)
         except ImportError as error:
             raise RunError("--address: Ray is missing, pip install -r requirements-cluster.txt") from error
         except Exception as error:  # Ray raises a dozen kinds

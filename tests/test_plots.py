@@ -208,12 +208,11 @@ def test_report(save, tmp_path, capsys):
     lines = [lines[0] | {"test_acc": 50.0, "val_acc": 60.0}, lines[1] | {"test_acc": 40.0, "val_acc": 70.0}]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert call(report, tmp_path / "save") == 0
-    table = (tmp_path / "save" / "report.md").read_text()
-    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["network and method", "last", "best", "at epoch", "chosen", "parameters", "seconds"]
     assert rows[2][:6] == ["resnet8, teacher", "40.00", "50.00", "1 of 2", "40.00", "77,587"]
-    assert [row[0] for row in rows[3:]] == ["resnet8, baseline", "resnet8, factor"]
-    assert capsys.readouterr().out.startswith(table) and (tmp_path / "save" / "report.png").exists()
+    assert [row[0] for row in rows[3:5]] == ["resnet8, baseline", "resnet8, factor"]
+    assert (tmp_path / "save" / "report.png").exists()
 
 
 @pytest.mark.parametrize("script", [plot_curves, report])

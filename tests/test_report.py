@@ -85,7 +85,7 @@ def root(tmp_path_factory):
 
 def test_cells_are_those_of_the_logs(root):
     """Against loops over the files, in plain Python."""
-    numbers, found = numbers_of(root), {}
+    numbers, found, markdown = numbers_of(root), {}, (root / "report.md").read_text()
     for path in root.rglob("config.json"):
         config = json.loads(path.read_text())
         log = path.with_name("metrics.jsonl")
@@ -101,6 +101,7 @@ def test_cells_are_those_of_the_logs(root):
             mean = sum(values) / len(values)
             sd = (sum((x - mean) ** 2 for x in values) / (len(values) - 1)) ** 0.5
             assert cell[key] == pytest.approx([mean, sd], rel=1e-5)
+        assert f"{cell['last'][0]:.2f} ± {cell['last'][1]:.2f}" in re.search(rf"\| {method} .*", markdown)[0]
         assert cell["macro_f1"] == pytest.approx([cell["last"][0] - 1, cell["last"][1]], rel=1e-4)
         assert all(numbers["runs"][i]["worst"][0] == [3.0, "c99"] for i in cell["trials"])  # c0 has no test images
         both = [trial for trial in by_trial if trial in found.get(("kd", pair), {})]
@@ -147,6 +148,7 @@ def test_check_finds_an_edit_of_log_or_page(root, tmp_path, capsys):
     tick = re.search(r">(\d\d)</text>", page_text)
     edits = [(root / "report.html", found.start(1)) for found in (shown, embedded, tick)]
     edits += [(root / "table.tex", (root / "table.tex").read_text().index(".") + 1)]
+    edits += [(root / "report.md", (root / "report.md").read_text().index(".", 300) + 1)]
     edits += [(root / "report.csv", (root / "report.csv").read_text().index("finished,,6,6,") + 14)]
     edits += [(log, log.read_text().rindex('"test_acc": ') + 13)]
     for path, at in edits:
@@ -262,6 +264,7 @@ def test_what_files_say_cannot_become_markup(tmp_path):
     parser.feed((tmp_path / "report.html").read_text())
     assert sum(tag == "script" for tag, *_ in tags) == 2
     assert not [tag for tag, *keys in tags if tag == "img" or any(key.startswith("on") for key in keys)]
+    assert "<" not in (tmp_path / "report.md").read_text()
     (row,) = [line for line in (tmp_path / "table.tex").read_text().splitlines() if line.startswith("Teacher")]
     assert r"\&\_\%\$\textbackslash{}" in row
 
