@@ -351,7 +351,7 @@ def test_help_names_everything(monkeypatch, capsys):
 
 
 def test_the_main_job_in_miniature(tmp_path):
-    """quickstart.sh's three commands, in this order, as processes; shorter."""
+    """A teacher, its students and their report, as processes."""
     run = [sys.executable]
     small = ["--dataset", "digits", "--epochs", "1", "--batch_size", "500", "--output", str(tmp_path)]
 
