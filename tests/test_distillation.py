@@ -83,7 +83,7 @@ def test_own_loop_alone():
 
 def test_schedules(monkeypatch, capsys, tmp_path):
     """Learning rates in metrics.jsonl against their closed form; AdamW resumed equals AdamW uninterrupted."""
-    flags = ["--model", "resnet8", "--dataset", "digits", "--batch_size", "250", "--device", "cpu", "--warmup_epochs"]
+    flags = ["--model", "resnet8", "--dataset", "digits", "--image_size", "16", "--batch_size", "250", "--warmup_epochs"]
     flags += ["2", "--optimizer", "adamw"]
     runs = {}
     for name, more in (

@@ -67,6 +67,7 @@ def facts_of(card):
     return dict(re.findall(r"^- (.+?): (.+)$", card, re.M))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kd", "simkd"])
 def test_what_is_exported_runs_elsewhere_as_well_as_in_training(method, runs, tmp_path):
     path, folder = next(runs[method].glob("*_last.pth")), tmp_path / "new" / "export"

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helper.interrupt import IN_USE
 from helper.run import lock
 from helper.util import cli_errors
 from models import create_model
@@ -127,10 +128,10 @@ def files(models):
     return {str(path.relative_to(models)) for path in models.rglob("*") if path.is_file()} - {".lock"}
 
 
-def assert_refused(result, *said):
+def assert_refused(result, *said, code=2):
     """In one sentence that says all this."""
-    code, _, err = result
-    assert code == 2 and err.count("\n") == 1, err
+    ended, _, err = result
+    assert ended == code and err.count("\n") == 1, err
     for part in said:
         assert str(part) in err
 
@@ -148,7 +149,7 @@ def test_from_the_archive(server, teachers, fetch, models):
         assert recorded[PLACE.format(name)] == sha256(teachers[name]).hexdigest()
     assert fetch(*NAMES)[0] == 0 and server.asked == []
     held = lock(models)  # another call is at work
-    assert_refused(fetch(*NAMES), models)
+    assert_refused(fetch(*NAMES), models, code=IN_USE)
     held.release()
 
 
