@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -464,6 +465,8 @@ def main(argv: list[str] | None = None) -> list[Task] | None:
             engine = Ray(opt.address, opt.jobs, opt.gpus_per_job, use_gpus, opt.folder)
         else:
             engine = Threads(opt.jobs, opt.gpus_per_job, use_gpus)
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(engine.threads)  # as a task has
         print(f"{estimate(plan)}; up to {engine.capacity()} at once, logs in {opt.folder}", file=out, flush=True)
         plan.nets.clear()
         work(plan.tasks, engine, opt.folder, out)

@@ -135,8 +135,8 @@ class Threads:
         self.jobs = jobs or (len(shares) if per_job else 1)
         if per_job and self.jobs > len(shares):
             raise RunError(f"--jobs {self.jobs}: with {per_job:g} GPUs each, there are enough for {len(shares)}")
-        cores = max(1, (os.cpu_count() or 1) // self.jobs)
-        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores))}
+        self.threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(self.threads))}
         self.shares: SimpleQueue[dict[str, str]] = SimpleQueue()
         for i in range(self.jobs):
             self.shares.put({**threads, **({"CUDA_VISIBLE_DEVICES": shares[i]} if per_job else {})})
@@ -182,6 +182,8 @@ def quiet(log: Path) -> Iterator[TextIO]:
 
 class Ray:
     """Tasks of a Ray cluster; address: 'local' starts one on this machine, 'auto' is the one that runs here."""
+
+    threads = 1  # which Ray gives to a task of one core
 
     def __init__(self, address: str, jobs: int | None, gpus_per_job: float | None, use_gpus: bool, folder: Path):
         host, _, port = address.removeprefix("ray://").rpartition(":")

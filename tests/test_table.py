@@ -130,6 +130,15 @@ def test_ray_starts_a_lost_worker_again(script, alone, tmp_path):
     assert results(tmp_path) == results(alone)
 
 
+@pytest.mark.slow
+def test_runs_of_ray_are_saved_when_the_driver_is_killed(script, tmp_path):
+    process = script(*TABLE, "--epochs", "500", "--address", "local", "--output", tmp_path)
+    wait_for(lambda: any(tmp_path.rglob("metrics.jsonl")))
+    process.kill()
+    wait_for(lambda: not children(tmp_path))
+    assert "SIGTERM: stopped" in (tmp_path / "table" / "teacher_resnet8.log").read_text()
+
+
 def test_finished_runs_are_skipped(alone, monkeypatch, capsys):
     before = events(alone)
     code, out, _ = call(run_table, [*TABLE, "--trials", "2", "--output", alone], monkeypatch, capsys)
