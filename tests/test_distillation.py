@@ -83,8 +83,8 @@ def test_own_loop_alone():
 
 def test_schedules(monkeypatch, capsys, tmp_path):
     """Learning rates in metrics.jsonl against their closed form; AdamW resumed equals AdamW uninterrupted."""
-    flags = ["--model", "resnet8", "--dataset", "digits", "--image_size", "16", "--batch_size", "250", "--warmup_epochs"]
-    flags += ["2", "--optimizer", "adamw"]
+    flags = ["--model", "resnet8", "--dataset", "digits", "--image_size", "16", "--batch_size", "250"]
+    flags += ["--warmup_epochs", "2", "--optimizer", "adamw"]
     runs = {}
     for name, more in (
         ("cosine", ["--epochs", "5", "--schedule", "cosine"]),
