@@ -231,7 +231,7 @@ def test_a_bf16_teacher_sees_normalised_images(run, here, tmp_path):
         (train_teacher, ["--model", "torchvision:resnet19"], "resnet18"),
         (train_teacher, ["--model", "timm:hf-hub:someone/net"], "hf-hub"),
         (train_teacher, ["--model", "nets.py:Small"], "nets.py"),
-        (train_teacher, ["--model", "my_nets.py:Smal"], "Teacher"),
+        (train_teacher, ["--model", "my_nets.py:Nobody"], "Teacher"),
         (train_teacher, ["--model", "my_nets.py:Broken"], "my mistake"),
         (train_teacher, ["--model", "my_nets.py:Half"], "my_nets.py:Half"),
         (train_teacher, ["--model", "my_nets.py:Neck", "--batch_size", "13"], "--batch_size 13"),
