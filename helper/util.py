@@ -45,31 +45,32 @@ def cli_errors(main: Callable[[], object]) -> int:
             interrupt.listen()
             with ranks.joined():
                 results = main()
-            return 1 if isinstance(results, list) and any(result.failed for result in results) else 0
+            code = 1 if isinstance(results, list) and any(result.failed for result in results) else 0
         except BrokenPipeError:  # as of `| head`: the reader is gone; nothing may be left to flush
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
+            code = 128 + signal.SIGPIPE
         except (RunError, DataError, DistillError, ModelError, OSError) as error:  # OSError: a full disk, for one
             say(error)
-            return IN_USE if isinstance(error, InUse) else 2
+            code = IN_USE if isinstance(error, InUse) else 2
         except (torch.OutOfMemoryError, MemoryError) as error:
             asked = re.search(r"Tried to allocate (.+?)\. .*capacity of (.+?) of which (.+?) is free", str(error))
             what = str(error).partition("\n")[0]
             if asked:
                 what = "{0} were asked for, {2} of {1} are free".format(*asked.groups())
             say(f"out of memory, try a smaller --batch_size or fewer methods in one call ({what})")
-            return 2
+            code = 2
         except Lost as error:
             say(f"{error}: stopped; the same command continues the run from its last saved state")
-            return EXIT
+            code = EXIT
         except KeyboardInterrupt:
             say("interrupted")
-            return 130
+            code = 130
         finally:
             interrupt.forget()
     except Interrupted as error:  # at any moment, so around all else
         say(f"{error}: stopped; the same command continues the run")
-        return EXIT
+        code = EXIT
+    return ranks.leave(code)
 
 
 def stream(seed: int, *key: str) -> int:
