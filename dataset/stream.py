@@ -17,6 +17,11 @@ from dataset.base import DataError, ImageFiles
 from dataset.image_files import decode
 from dataset.loader import Loader, crop, draw_windows, normalize, share_of
 
+FORKED = sys.platform == "linux"
+SIGNALS = {signal.SIGINT, signal.SIGTERM}  # that are sent to whole groups of processes
+if FORKED:
+    SIGNALS |= {signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+
 
 class StreamLoader(Loader):
     """Batches of images that are read from their files in every epoch, by num_workers processes of a DataLoader.
@@ -51,12 +56,17 @@ class StreamLoader(Loader):
             batch_size=None,
             sampler=parts,
             num_workers=self.num_workers,
-            multiprocessing_context="fork" if self.num_workers and sys.platform == "linux" else None,
+            multiprocessing_context="fork" if self.num_workers and FORKED else None,
             worker_init_fn=begin_worker,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # the global one is not to be drawn from
         )
-        return receive(iter(workers))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if FORKED else set()  # see begin_worker()
+        try:
+            return receive(iter(workers))
+        finally:
+            if FORKED:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def batch(self, plan: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Move a plan to the device and normalise its images."""
@@ -112,6 +122,9 @@ def receive(batches: Iterator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 def begin_worker(worker: int) -> None:
     """Leave signals to the main process, and end with it."""
-    if sys.platform == "linux":
+    if FORKED:
         os.setpgrp()  # Ctrl-C and schedulers signal the whole group
+        while signal.sigtimedwait(SIGNALS, 0):  # those that came while it was being forked
+            pass
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; a worker also holds the lock of the run's folder

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -440,3 +441,19 @@ def test_held_out_images_are_named_once(listed, tmp_path, monkeypatch, capsys):
     assert "val_acc" in ended(tmp_path / "out")[1][0]
     code, _, err = call(train_teacher, [*args, "--val_split", "0.2"], monkeypatch, capsys)
     assert code == 2 and "--val_split" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_a_signal_to_the_group_while_workers_are_forked(photos):
+    """It is for the main process: the workers, which have just been forked, live on."""
+    code = """
+import os, pickle, signal, sys
+from dataset.stream import StreamLoader
+images, labels = pickle.load(sys.stdin.buffer)
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+print(len(list(StreamLoader(images, labels, 8, num_workers=2, mean=(0.5,) * 3, std=(0.25,) * 3))))
+"""
+    images, labels = ImageFiles(photos[0], SIZE, photos[0][0].parent), photos[1]
+    given = pickle.dumps((images, labels))
+    done = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, cwd=ROOT, timeout=100)
+    assert done.stdout.strip() == str(-(-len(images) // 8)).encode(), done.stderr
