@@ -66,7 +66,7 @@ def train(
         images, target, index = loader.batch(plan)
         out_t = teacher(images, active)
         for student in active:
-            torch.default_generator.manual_seed(seed)  # of dropout, so that it does not depend on what trains beside it
+            torch.default_generator.manual_seed(seed)  # of dropout: on a CPU, independent of what trains beside it
             student.update(images, target, index, out_t)
 
     for i, plan in enumerate(progress(loader.plans(), f"{stage}epoch {epoch}", len(loader) - first), first + 1):
